@@ -1,0 +1,1 @@
+"""What harvest and train both stand on. Nothing here imports torch."""

@@ -1,0 +1,97 @@
+"""A table of extents: where each stored piece lies in a file, and how it is read and checked.
+
+    extents = Extents(path, offsets, length, crcs=None, name=lambda i: f"point {i}")
+    extents.read(i, out)        one preadv into a buffer of yours, no copy; checked against its crc32c at first touch
+
+Both containers come down to this: what Zarr and tar differ in is only where the table comes from.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import Corrupt
+
+CRC_BYTES = 4
+
+
+def crc32c(data: Any) -> int:
+    """Of anything with a buffer."""
+    data = data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
+    return int(google_crc32c.value(data))
+
+
+class Extents:
+    """Pieces of one length in one file. `crcs` None: each piece is followed by its own four bytes of crc32c."""
+
+    def __init__(
+        self,
+        path: Path,
+        offsets: NDArray[np.int64],
+        length: int,
+        crcs: NDArray[np.uint32] | None,
+        name: Callable[[int], str],
+    ) -> None:
+        self.path, self.offsets, self.length = path, offsets, length
+        self._crcs, self._name = crcs, name
+        self._touched = np.zeros(len(offsets), bool)
+        self._fd: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def read(self, index: int, out: memoryview) -> None:
+        """Fill `out` (exactly `length` bytes) with piece `index`."""
+        trailer = bytearray(CRC_BYTES if self._crcs is None else 0)
+        self._pread([out, trailer], int(self.offsets[index]), index)
+        if not self._touched[index]:
+            expected = int.from_bytes(trailer, "little") if self._crcs is None else int(self._crcs[index])
+            self._compare(index, out, expected)
+
+    def read_run(self, first: int, count: int) -> NDArray[np.uint8]:
+        """`count` neighbouring pieces in one read, as rows."""
+        stride = self.length + (CRC_BYTES if self._crcs is None else 0)
+        assert (np.diff(self.offsets[first : first + count]) == stride).all(), "pieces of a run lie side by side"
+        rows = np.empty((count, stride), np.uint8)
+        self._pread([rows.data.cast("B")], int(self.offsets[first]), first)
+        for row in range(count):
+            index = first + row
+            if not self._touched[index]:
+                tail = rows[row, self.length :].tobytes()
+                expected = int.from_bytes(tail, "little") if self._crcs is None else int(self._crcs[index])
+                self._compare(index, rows[row, : self.length].tobytes(), expected)
+        return np.ascontiguousarray(rows[:, : self.length])
+
+    def _pread(self, buffers: list[Any], offset: int, index: int) -> None:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        wanted = sum(len(buffer) for buffer in buffers)
+        got = os.preadv(self._fd, buffers, offset)
+        if got != wanted:  # a short read of a regular file is its end
+            raise self._corrupt(index, f"{got} bytes where {wanted} were written")
+
+    def _compare(self, index: int, data: Any, expected: int) -> None:
+        found = crc32c(data)
+        if found != expected:
+            raise self._corrupt(index, f"crc32c {found:08x}, written as {expected:08x}")
+        self._touched[index] = True
+
+    def _corrupt(self, index: int, found: str) -> Corrupt:
+        return Corrupt(
+            wrong=f"{self._name(index)} in {self.path} is not what was written",
+            found=found,
+            mend="run `python -m harvest repair SET` where the teacher is, or copy the shard again",
+        )
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,124 @@
+"""The one seam through which our bytes reach the disk.
+
+    write_atomic(path, b"...")                      temporary name -> write -> fsync -> rename -> fsync of the folder
+    write_folder(path, {"a/b": b"...", "c": ...})   the same for a folder of files: it appears whole or not at all
+
+A file under its final name is whole, also after a power cut. Nothing else in the product opens a file for writing
+what must last (metrics.jsonl and heartbeats, which may lose their tail, use `append_line` and `replace_quietly`).
+Temporary names start with TEMPORARY_PREFIX, so that readers skip them and `sweep` can clear what a kill left behind.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+Bytes = bytes | bytearray | memoryview
+Content = Bytes | Iterable[Bytes]
+
+
+# The three calls that fault-injection tests replace. All writing below goes through them.
+def _write(fd: int, data: Bytes) -> int:
+    return os.write(fd, data)
+
+
+def _fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.rename(source, target)
+
+
+def write_atomic(path: Path, content: Content) -> None:
+    """Put `content` at `path`, replacing what is there: readers see the old file or the new one, never a part."""
+    temporary = _temporary_beside(path)
+    try:
+        _write_synced(temporary, content)
+        _rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, files: Mapping[str, Content]) -> None:
+    """Put a folder of files at `path`, which must not exist yet (FileExistsError otherwise): all of it or nothing."""
+    temporary = _temporary_beside(path)
+    try:
+        temporary.mkdir()
+        folders = {temporary}
+        for name, content in files.items():
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(target.parent)
+            _write_synced(target, content)
+        for folder in folders:
+            sync_folder(folder)
+        if path.exists():
+            raise FileExistsError(path)
+        _rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace_quietly(path: Path, content: Bytes) -> None:
+    """Replace `path` in one step without waiting for the disk: for heartbeats, whose last value may be lost."""
+    temporary = _temporary_beside(path)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in one write call, so that lines of several processes never mix."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, line.encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder last."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sweep(folder: Path, *, older_than_s: float) -> int:
+    """Remove what killed writers left in `folder`; the age spares those who are at work. Returns how many."""
+    num_removed = 0
+    for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime < older_than_s:
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            num_removed += 1
+    return num_removed
+
+
+def _temporary_beside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{os.urandom(4).hex()}-{path.name}"
+
+
+def _write_synced(path: Path, content: Content) -> None:
+    chunks = (content,) if isinstance(content, bytes | bytearray | memoryview) else content
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            while view:
+                view = view[_write(fd, view) :]
+        _fsync(fd)
+    finally:
+        os.close(fd)

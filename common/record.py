@@ -1,0 +1,178 @@
+"""What is stored, and what it means.
+
+    Record     one prompt with one seed at one size, and K points of the teacher's path for it
+    Contract   what every record of a set means: another contract is another set
+    Numerics   how the arithmetic was done: it moves last bits, not meaning
+
+A new field of a record is declared here, once, and then in the formats (common/shards_*.py).
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import Refused
+
+FORMAT_VERSION = 1
+
+Array = NDArray[Any]
+PREDICTIONS = ("cond", "uncond")
+
+
+def record_key(prompt: str, seed: int, height: int, width: int) -> str:
+    """A record's identity: a function of what was asked for, never of when or where."""
+    return hashlib.sha256(f"{prompt}\n{seed}\n{height}x{width}".encode()).hexdigest()[:16]
+
+
+def item_id(keys: list[str]) -> str:
+    """A work item's identity: the hash of its keys."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Record:
+    """One prompt with one seed at one size, and K points of its trajectory."""
+
+    key: str
+    prompt: str
+    """Cleaned by the contract's rule."""
+    seed: int
+    height: int
+    width: int
+    text: Array  # [L, D], not padded
+    timesteps: Array  # [K] float32, exactly as fed
+    sigmas: Array  # [K] float32
+    expert: Array  # [K] uint8, 0 = transformer (high noise), 1 = transformer_2
+    latents: Array  # [K, C, H, W], what the teacher saw
+    cond: Array  # [K, C, H, W]
+    uncond: Array  # [K, C, H, W]
+    final: Array  # [C, H, W], the end point
+
+    def __post_init__(self) -> None:
+        num_points = len(self.timesteps)
+        assert self.timesteps.dtype == self.sigmas.dtype == np.float32, "timesteps and sigmas are float32, never half"
+        assert self.latents.shape == self.cond.shape == self.uncond.shape == (num_points, *self.final.shape)
+        assert len(self.sigmas) == len(self.expert) == num_points
+
+    def digest(self) -> str:
+        """sha256 over the fields in declared order, each name|dtype|shape|little-endian bytes."""
+        running = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            array = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else np.asarray(value)
+            array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            running.update(f"{field.name}|{array.dtype.str}|{'x'.join(map(str, array.shape))}|".encode())
+            running.update(array.tobytes())
+        return running.hexdigest()
+
+    def bad_field(self) -> str | None:
+        """The first array that holds NaN or Inf, with its point; None when all is finite."""
+        for name in ("text", "latents", *PREDICTIONS, "final"):
+            array = getattr(self, name)
+            if not np.isfinite(array).all():
+                if array.ndim != 4:
+                    return name
+                point = int(np.argmin(np.isfinite(array).all(axis=(1, 2, 3))))
+                return f"{name}[{point}] (t={self.timesteps[point]:.1f}, expert {self.expert[point]})"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """What every record of a set means."""
+
+    format_version: int = FORMAT_VERSION
+    teacher: str
+    """Class of the network, e.g. WanTransformer3DModel."""
+    weights: str
+    """Fingerprint over the loaded tensors after the dtype policy, sorted by name."""
+    text_encoder: str
+    tokenizer: str
+    text_cleaning: str
+    text_length: int
+    """Rows that the teacher attends to, padding included."""
+    text_padding: str
+    """`zeros`: rows beyond a prompt's own are zero and attended without a mask."""
+    text_dim: int
+    prediction: str
+    """flow | epsilon | v | x0, see common/schedule.py."""
+    train_steps: int
+    shift: float
+    boundary: float | None
+    """Share of train_steps at and above which the high-noise expert serves."""
+    guidance: tuple[float, ...]
+    """Per expert."""
+    negative_prompt: str
+    latent_channels: int
+    latent_stride: int
+    latent_patch: int
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    latent_dtype: str
+    """The state is rounded to it at every step before the teacher sees it."""
+    source: str
+    solver: str
+    jitter: bool
+    steps: int
+    keep: int
+    keep_at: tuple[int, ...]
+    compute_dtype: str
+    encoding: str
+    """float16 | float32: how predictions and text are stored."""
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        values: dict[str, Any] = json.loads(data)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if values.get("format_version") != FORMAT_VERSION or set(values) != names:
+            raise Refused(
+                wrong="contract.json is of another format",
+                found=f"version {values.get('format_version')}, odd fields {sorted(set(values) ^ names)}",
+                mend=f"read it with the release that wrote it; this one knows version {FORMAT_VERSION}",
+            )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
+
+    def digest(self) -> str:
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def difference(self, other: "Contract") -> list[str]:
+        """Field by field: `name: mine | theirs`."""
+        return [
+            f"{field.name}: {getattr(self, field.name)!r} | {getattr(other, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.encoding)
+
+    def num_experts(self) -> int:
+        return 1 if self.boundary is None else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How the arithmetic was done. Two shards of one set may differ in it; `status` says so."""
+
+    micro_batch: int
+    batched_guidance: bool
+    """cond and uncond in one forward."""
+    collapsed_padding: bool
+    attention: str
+    device: str
+    threads: int
+    torch: str
+    diffusers: str

@@ -1,0 +1,147 @@
+"""Noise levels, what a network's output means at them, and the noise itself. Numpy; the conversions take any array.
+
+A noisy state is x = (1 - sigma) x0 + sigma noise (rectified flow; Liu et al. 2209.03003, eq. 1), sigma from 1 to 0; a
+network is fed the timestep t = 1000 sigma. Grids are named functions, because schedulers of the same name disagree:
+
+    euler_grid         ours: sigma_i = shift(1 - i / N), optionally jittered within its stratum
+    flow_match_grid    bitwise what diffusers' FlowMatchEulerDiscreteScheduler(shift) walks: it shifts its end twice
+    unipc_grid         bitwise what UniPCMultistepScheduler(use_flow_sigmas) walks: it feeds integer timesteps
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+PredictionKind = Literal["flow", "epsilon", "v", "x0"]
+
+HIGH_NOISE, LOW_NOISE = 0, 1
+"""Record.expert: 0 = transformer, the high-noise one; 1 = transformer_2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The noise levels of one walk from noise to picture."""
+
+    sigmas: Float32  # [N + 1], from 1 to 0
+    timesteps: Float32  # [N], exactly as fed to the network
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+def shifted(sigma: Any, shift: float) -> Any:
+    """Time shift towards noise (Esser et al. 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unshifted(sigma: Any, shift: float) -> Any:
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def euler_grid(
+    num_steps: int,
+    shift: float,
+    *,
+    train_steps: int = 1000,
+    boundary: float | None = None,
+    jitter_seed: int | None = None,
+) -> Grid:
+    """sigma_i = shift(u_i), u_i = 1 - i / N. With a seed, each inner u_i is drawn from its own stratum
+    (half a step to both sides); an expert boundary is an edge of the strata, so the number of high-noise steps
+    never depends on the draw. Sigma 1 and 0 are fixed."""
+    u = 1 - np.arange(num_steps + 1, dtype=np.float64) / num_steps
+    high = shifted(u, shift) >= boundary if boundary is not None else np.ones(num_steps + 1, bool)
+    if jitter_seed is not None:
+        edge = unshifted(boundary, shift) if boundary is not None else 0.0
+        low_end = np.where(high, np.maximum(u - 0.5 / num_steps, edge), u - 0.5 / num_steps)
+        high_end = np.where(high, u + 0.5 / num_steps, np.minimum(u + 0.5 / num_steps, edge))
+        drawn = low_end + (high_end - low_end) * _generator(jitter_seed, stream=1).random(num_steps + 1)
+        u[1:-1] = drawn[1:-1]
+    timesteps = (shifted(u, shift) * train_steps).astype(np.float32)
+    if boundary is not None:
+        timesteps = _kept_on_its_side(timesteps, high, np.float64(boundary) * train_steps)
+    return Grid(sigmas=timesteps / np.float32(train_steps), timesteps=timesteps[:-1])
+
+
+def flow_match_grid(num_steps: int, shift: float, *, train_steps: int = 1000) -> Grid:
+    smallest = shifted(np.float32(1) / np.float32(train_steps), shift).astype(np.float32)
+    t = np.linspace(1.0 * train_steps, float(smallest) * train_steps, num_steps)
+    sigmas = shifted(t / train_steps, shift).astype(np.float32)
+    return Grid(sigmas=np.append(sigmas, np.float32(0)), timesteps=sigmas * np.float32(train_steps))
+
+
+def unipc_grid(num_steps: int, shift: float, *, train_steps: int = 1000) -> Grid:
+    sigmas = shifted(np.linspace(1, 1 / train_steps, num_steps + 1)[:-1], shift)
+    sigmas[0] -= 1e-6 if abs(sigmas[0] - 1) < 1e-6 else 0.0
+    fed = (sigmas * train_steps).astype(np.int64).astype(np.float32)
+    return Grid(sigmas=np.append(sigmas, 0).astype(np.float32), timesteps=fed)
+
+
+GRIDS = {"euler": euler_grid, "flow_match": flow_match_grid, "unipc": unipc_grid}
+
+
+def expert_of(timesteps: Any, boundary: float | None, *, train_steps: int = 1000) -> NDArray[np.uint8]:
+    """Which expert serves each timestep: the first one at and above the boundary."""
+    t = np.asarray(timesteps)
+    if boundary is None:
+        return np.full(t.shape, HIGH_NOISE, np.uint8)
+    # A numpy scalar, not a Python float: the latter would be rounded to float32 before the comparison.
+    return np.where(t >= np.float64(boundary) * train_steps, HIGH_NOISE, LOW_NOISE).astype(np.uint8)
+
+
+def to_x0_noise(kind: PredictionKind, prediction: Any, x: Any, a: Any, b: Any) -> tuple[Any, Any]:
+    """What a prediction says of x = a x0 + b noise. `flow` wants a + b = 1, `v` wants a^2 + b^2 = 1
+    (v = a noise - b x0; Salimans & Ho 2202.00512, appendix D)."""
+    if kind == "flow":
+        return x - b * prediction, x + a * prediction
+    if kind == "epsilon":
+        return (x - b * prediction) / a, prediction
+    if kind == "v":
+        return a * x - b * prediction, b * x + a * prediction
+    return prediction, (x - a * prediction) / b
+
+
+def from_x0_noise(kind: PredictionKind, x0: Any, noise: Any, a: Any, b: Any) -> Any:
+    """The inverse of `to_x0_noise`."""
+    if kind == "flow":
+        return noise - x0
+    if kind == "epsilon":
+        return noise
+    if kind == "v":
+        return a * noise - b * x0
+    return x0
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...]) -> Float32:
+    """The Gaussian that belongs to a seed, on any machine (Philox, float32): training can redraw it."""
+    return _generator(seed, stream=0).standard_normal(shape, dtype=np.float32)
+
+
+def kept_steps(
+    key: str, num_steps: int, num_kept: int, experts: NDArray[np.uint8], pinned: tuple[int, ...] = (0,)
+) -> NDArray[np.int64]:
+    """Which of its steps a record keeps: a draw from its key, the pinned ones and one of each expert for certain."""
+    draw = _generator(int(key, 16), stream=2).permutation(num_steps)
+    first_of_each = [
+        next(int(i) for i in draw if experts[i] == expert)
+        for expert in np.unique(experts)
+        if not any(experts[i] == expert for i in pinned)
+    ]
+    wanted = list(dict.fromkeys([*pinned, *first_of_each, *map(int, draw)]))
+    return np.array(sorted(wanted[:num_kept]), np.int64)
+
+
+def _generator(seed: int, *, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed & 0xFFFF_FFFF_FFFF_FFFF, stream]))
+
+
+def _kept_on_its_side(timesteps: Float32, high: NDArray[np.bool_], boundary: np.float64) -> Float32:
+    """Rounding to float32 must not carry a step over the boundary."""
+    edge = np.float32(boundary)
+    at_or_above = edge if edge >= boundary else np.nextafter(edge, np.float32(np.inf))
+    below = np.nextafter(at_or_above, np.float32(0))
+    return np.where(high, np.maximum(timesteps, at_or_above), np.minimum(timesteps, below)).astype(np.float32)

@@ -1,0 +1,41 @@
+"""What the training side needs of the teacher's folder, left in the set once: it never needs the teacher.
+
+assets/vae/                the VAE as it stands in the folder (config.json, safetensors)
+assets/negative.npy        the negative text's rows
+assets/scheduler.json      the folder's own scheduler settings
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.files import write_atomic, write_folder
+from common.shards import ASSETS, ShardSet
+from harvest.loading import Resolved
+from harvest.teacher import Teacher
+
+COPY_BYTES = 1 << 22
+
+
+def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:
+    """Idempotent: what is there is kept."""
+    folder = shards.path / ASSETS
+    if not (folder / "vae").exists():
+        vae = resolved.components["vae"]
+        paths = [resolved.folder / "vae" / "config.json", *vae.weight_files]
+        write_folder(folder / "vae", {path.name: _pieces(path) for path in paths})
+    if not (folder / "negative.npy").exists():
+        rows = teacher.encode([shards.contract.negative_prompt])[0].numpy().astype(shards.contract.storage_dtype)
+        buffer = io.BytesIO()
+        np.save(buffer, rows, allow_pickle=False)
+        write_atomic(folder / "negative.npy", buffer.getvalue())
+    if not (folder / "scheduler.json").exists():
+        write_atomic(folder / "scheduler.json", (resolved.folder / "scheduler" / "scheduler_config.json").read_bytes())
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(COPY_BYTES):
+            yield piece

@@ -1,0 +1,70 @@
+"""The harvest's commands: options in, one call, lines out. They import what they need when they are called."""
+
+import json
+from pathlib import Path
+
+import click
+
+from common.config import load_config
+from common.environment import prepare_environment
+from common.log import human_bytes
+from harvest.config import HarvestConfig
+
+overrides = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Lay a value over the file's.")
+config_file = click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
+set_folder = click.argument("set_path", metavar="SET", type=click.Path(path_type=Path))
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+
+
+@click.command()
+@config_file
+@overrides
+def run(config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Harvest what CONFIG asks for. The same command again goes on where it stopped."""
+    config = load_config(HarvestConfig, config_path, overrides=overrides)
+    prepare_environment()
+    from harvest.loop import harvest
+
+    harvest(config)
+
+
+@click.command()
+@config_file
+@overrides
+def plan(config_path: Path, overrides: tuple[str, ...]) -> None:
+    """What a run of CONFIG would do, from its prompts and the teacher's JSON files: no weight is read."""
+    config = load_config(HarvestConfig, config_path, overrides=overrides)
+    from harvest.plan_report import report
+
+    for line in report(config):
+        click.echo(line)
+
+
+@click.command()
+@set_folder
+@as_json
+def status(set_path: Path, as_json: bool) -> None:
+    """What SET holds and who works on it, from the set alone."""
+    from harvest.status import lines, survey
+
+    facts = survey(set_path)
+    click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+
+
+@click.command()
+@set_folder
+def verify(set_path: Path) -> None:
+    """Read every byte of SET against its checksums; exit 5 at the first that is not what was written."""
+    from common.shards import ShardSet
+
+    shards = ShardSet.open(set_path)
+    manifest = shards.manifest()
+    for receipt in manifest.receipts:
+        shards.read(receipt).check()
+    click.echo(
+        f"{len(manifest.receipts)} shards, {manifest.num_records} records, {human_bytes(manifest.num_bytes)}: whole"
+    )
+    for item in manifest.absent:
+        click.echo(f"item {item}: the receipt is here, its shard is not whole", err=True)
+    if manifest.absent:
+        raise SystemExit(5)

@@ -1,0 +1,66 @@
+"""The walls of the house: who may import whom, and what a process has loaded when it answers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.made import ROOT, command
+
+ALLOWED = {"common": {"common"}, "harvest": {"common", "harvest"}, "train": {"common", "train"}}
+FORBIDDEN = {"common": {"torch", "diffusers", "transformers"}, "train": {"diffusers", "transformers", "webdataset"}}
+FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
+MAX_LINES = 260
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_stands_on(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops & ALLOWED.keys() <= ALLOWED[room]
+    assert not tops & FORBIDDEN.get(room, set())
+    assert "tests" not in tops
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_no_import_circle() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    arrows = {name: {other for other in imported(path) if other in modules} - {name} for name, path in modules.items()}
+    while arrows:
+        leaves = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("words", [("harvest", "--help"), ("train", "--help"), ("harvest", "status", "{set}"),
+                                   ("harvest", "verify", "{set}")])  # fmt: skip
+def test_light_commands_do_without_torch(words: tuple[str, ...], micro_set: Path) -> None:
+    code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], run_name='__main__')\n" \
+           "except SystemExit: pass\nprint('torch' in sys.modules, 'zarr' in sys.modules)"  # fmt: skip
+    filled = [word.replace("{set}", str(micro_set)) for word in words]
+    done = subprocess.run([sys.executable, "-c", code, *filled], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize("room", ["harvest", "train"])
+def test_help_answers_at_once(room: str) -> None:
+    import time
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        assert command(room, "--help").returncode == 0
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(4)) < 0.5

@@ -1,0 +1,47 @@
+"""What a training run can be told. configs/train/ holds complete, commented files.
+
+What the set says of itself (channels, text, guidance, shift) is read from it, never told here.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from common.config import Section
+
+
+class TrainConfig(Section):
+    set: Path
+    """The shard set; partial is fine, what is committed at an epoch's start is that epoch."""
+    init: Path
+    """What `python -m train init` wrote."""
+    out: Path
+    """The run: epochs, checkpoints, metrics, pictures."""
+    num_epochs: float = Field(default=10, gt=0)
+    """Length of the run in passes over what the set holds at its start."""
+    batch_size: PositiveInt = 32
+    """Per process and forward."""
+    global_batch: PositiveInt | None = None
+    """Samples per optimizer step over all processes; None: batch_size x processes, at the run's first start."""
+    lr: float = Field(default=1e-3, gt=0)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 50
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    guidance: tuple[float, ...] | None = None
+    """w of the target uncond + w (cond - uncond), per expert; None: the set's own."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward; weights, optimizer and EMA are float32."""
+    seed: int = 0
+    """Of the sample order."""
+    checkpoint_every: PositiveInt = 500
+    """Steps."""
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 20
+    device: str = "auto"
+    threads: PositiveInt | None = None
+    deadline_s: float = Field(default=300.0, gt=0)
+    """A stage that does not move for so long is reported with every thread's stack."""

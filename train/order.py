@@ -1,0 +1,177 @@
+"""Which sample comes when: one endless stream, a function of (seed, position). Numpy only.
+
+    order = Order(seed, freeze)                  freeze(n) -> the receipts of epoch n, the same ones for ever
+    batch = order.next_batch(96)                 96 samples of one picture size, for all ranks together
+    batch.for_rank(rank, world)                  every rank's stride of it
+    order.cursor                                 small, JSON; Order(seed, freeze, cursor) goes on from it
+
+    receipts of an epoch -> per size: samples = (record, point) of what is not held out -> permuted by a keyed
+    bijection computed where it is needed -> consumed in order; a batch may straddle two epochs of its size
+
+A sample is a point (record, k). Each size has its own stream; the next batch comes from the stream that is furthest
+behind, as a share of its epoch, so that sizes interleave in proportion. No state but the cursor: another number of
+ranks sees the same global sequence.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.manifest import Receipt
+
+Size = tuple[int, int]
+Integers = NDArray[np.int64]
+_ROUNDS = 6
+
+
+class Sample(NamedTuple):
+    """One point of one record."""
+
+    receipt: Receipt
+    record: int
+    point: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.receipt.item}/{self.record}/{self.point}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The samples of one optimizer step, of all ranks."""
+
+    size: Size
+    samples: tuple[Sample, ...]
+    epoch: int
+
+    def for_rank(self, rank: int, world: int) -> tuple[Sample, ...]:
+        return self.samples[rank::world]
+
+
+class Stream:
+    """One size's samples in one epoch, in a permuted order."""
+
+    def __init__(self, receipts: tuple[Receipt, ...], key: tuple[int, int]) -> None:
+        self._receipts, self._key = receipts, key
+        self._kept = [np.flatnonzero(~receipt.held_out_records()) for receipt in receipts]
+        counts = [len(kept) * receipt.num_points for kept, receipt in zip(self._kept, receipts, strict=True)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def at(self, positions: Integers) -> list[Sample]:
+        indices = permuted(positions, len(self), self._key)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return [self._sample(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
+
+    def _sample(self, shard: int, index: int) -> Sample:
+        receipt = self._receipts[shard]
+        within = index - (int(self._ends[shard - 1]) if shard else 0)
+        record, point = divmod(within, receipt.num_points)
+        return Sample(receipt, int(self._kept[shard][record]), point)
+
+
+@dataclass(slots=True)
+class Place:
+    """How far a size's stream has been read."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+class Order:
+    """The endless sequence of batches."""
+
+    def __init__(
+        self, seed: int, freeze: Callable[[int], tuple[Receipt, ...]], cursor: Mapping[str, list[int]] | None = None
+    ) -> None:
+        self._seed, self._freeze = seed, freeze
+        self._epochs: dict[int, dict[Size, Stream]] = {}
+        places = {_size(name): Place(*place) for name, place in (cursor or {}).items()}
+        self._places: dict[Size, Place] = places or {size: Place() for size in self._streams(0)}
+
+    @property
+    def cursor(self) -> dict[str, list[int]]:
+        return {f"{h}x{w}": [place.epoch, place.position] for (h, w), place in sorted(self._places.items())}
+
+    def next_batch(self, num_samples: int) -> Batch:
+        size = min(sorted(self._places), key=self._progress)
+        place = self._places[size]
+        first_epoch = place.epoch
+        samples: list[Sample] = []
+        while len(samples) < num_samples:
+            stream = self._streams(place.epoch).get(size)
+            left = len(stream) - place.position if stream else 0
+            if stream and left:
+                take = min(left, num_samples - len(samples))
+                samples += stream.at(np.arange(place.position, place.position + take))
+                place.position += take
+            else:
+                self._turn_the_page(size)
+        return Batch(size=size, samples=tuple(samples), epoch=first_epoch)
+
+    def epoch_length(self, epoch: int) -> int:
+        return sum(len(stream) for stream in self._streams(epoch).values())
+
+    def _turn_the_page(self, size: Size) -> None:
+        place = self._places[size]
+        place.epoch, place.position = place.epoch + 1, 0
+        for new in self._streams(place.epoch):  # a size that joined the set meanwhile
+            self._places.setdefault(new, Place(epoch=place.epoch))
+
+    def _progress(self, size: Size) -> float:
+        place = self._places[size]
+        stream = self._streams(place.epoch).get(size)
+        return place.epoch + (place.position / len(stream) if stream and len(stream) else 1.0)
+
+    def _streams(self, epoch: int) -> dict[Size, Stream]:
+        if epoch not in self._epochs:
+            by_size: dict[Size, list[Receipt]] = {}
+            for receipt in self._freeze(epoch):
+                by_size.setdefault((receipt.height, receipt.width), []).append(receipt)
+            self._epochs[epoch] = {
+                size: stream
+                for size, receipts in sorted(by_size.items())
+                if len(stream := Stream(tuple(receipts), (self._seed, epoch)))
+            }
+            for old in [number for number in self._epochs if number < epoch - 1]:
+                del self._epochs[old]
+        return self._epochs[epoch]
+
+
+def permuted(positions: Integers, size: int, key: tuple[int, int]) -> Integers:
+    """A bijection of 0..size-1, computed where it is needed: a Feistel network on the next even number of bits,
+    walked until it lands inside (Black & Rogaway, 'Ciphers with Arbitrary Finite Domains', 2002)."""
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    out = np.asarray(positions, np.uint64).copy()
+    outside = np.ones(len(out), bool)
+    while outside.any():
+        out[outside] = _feistel(out[outside], half, mask, key)
+        outside = out >= size
+    return out.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half: int, mask: np.uint64, key: tuple[int, int]) -> NDArray[np.uint64]:
+    left, right = values >> np.uint64(half), values & mask
+    for number in range(_ROUNDS):
+        salt = (key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xD1B54A32D192ED03 + number) * 0x94D049BB133111EB
+        left, right = right, left ^ (_mixed(right, np.uint64(salt & 0xFFFF_FFFF_FFFF_FFFF)) & mask)
+    return (left << np.uint64(half)) | right
+
+
+def _mixed(values: NDArray[np.uint64], salt: np.uint64) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele, Lea & Flood 2014)."""
+    z = values * np.uint64(0xBF58476D1CE4E5B9) + salt
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _size(name: str) -> Size:
+    height, width = name.split("x")
+    return int(height), int(width)
