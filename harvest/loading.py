@@ -80,7 +80,7 @@ def load_model(resolved: Resolved, name: str, dtype: "torch.dtype", device: str)
 
     part = resolved.components[name]
     library = importlib.import_module(part.library)
-    library.logging.disable_progress_bar() if part.library == "diffusers" else None
+    importlib.import_module(f"{part.library}.utils.logging").disable_progress_bar()  # ours says more
     model_class = getattr(library, part.class_name)
     dtype_word = "dtype" if part.library == "transformers" else "torch_dtype"
     try:
