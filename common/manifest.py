@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,8 @@ from common.errors import Corrupt
 from common.record import Numerics
 
 MAX_RECEIPT_BYTES = 2048
+MAX_RECORDS, MAX_POINTS = 2048, 4096
+"""Per shard and per record: so that a receipt keeps within its bytes, and a hostile one wants no memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +34,11 @@ class Receipt:
 
     item: str
     container: str
-    """zarr"""
-    shard: str
-    """Name under shards/; it holds the start of `digest`, so another content is another name."""
+    """zarr | tar, or an archive: zarr+zstd | zarr+pcodec"""
+    stem: str
+    """Of the names under shards/; it holds the start of `digest`, so another content is another name."""
+    contract: str
+    """Digest of what the records mean."""
     num_records: int
     num_points: int
     """K, per record."""
@@ -42,10 +47,16 @@ class Receipt:
     num_tokens: int
     held_out: str
     """Base64 of one bit a record: those whose prompt is never trained on."""
+    guided_error: float
+    """Relative L2 error of the encoding on the guided prediction: the worst record, at the set's own guidance."""
+    guided_std: float
+    """Standard deviation of the guided prediction over the shard, to three digits."""
     digest: str
     """sha256 over the records' digests, in order."""
     files: dict[str, list[int]]
-    """Each file of the shard: bytes, crc32c."""
+    """What follows the stem in each file's name -> bytes, crc32c."""
+    supersedes: str | None = None
+    """Digest of the generation that a repair replaced."""
     numerics: Numerics
 
     def to_json(self) -> bytes:
@@ -55,21 +66,33 @@ class Receipt:
         return sealed
 
     @classmethod
+    def read(cls, path: Path) -> Self:
+        with open(path, "rb") as file:
+            return cls.from_json(file.read(MAX_RECEIPT_BYTES + 1), source=str(path))
+
+    @classmethod
     def from_json(cls, data: bytes, *, source: str) -> Self:
         try:
             sealed = json.loads(data)
             values: dict[str, Any] = sealed["receipt"]
-            whole = sealed["sha256"] == _seal(json.dumps(values, sort_keys=True))
-            receipt = cls(**{**values, "numerics": Numerics(**values["numerics"])}) if whole else None
-        except (ValueError, KeyError, TypeError):
-            receipt = None
-        if receipt is None or Path(receipt.shard).name != receipt.shard or receipt.shard.startswith("."):
+            if sealed["sha256"] != _seal(json.dumps(values, sort_keys=True)):
+                raise ValueError("it does not match its own digest")
+            receipt = cls(**{**values, "numerics": Numerics(**values["numerics"])})
+            _require_sane(receipt)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Corrupt(
                 wrong=f"receipt {source} is damaged",
-                found="it does not match its own digest",
-                mend="run `python -m harvest rebuild` to make it again from its shard",
-            )
+                found=str(error).split("\n")[0],
+                mend="run `python -m harvest rebuild SET` to make it again from its shard",
+            ) from None
         return receipt
+
+    def paths(self, shards_dir: Path) -> dict[str, Path]:
+        return {name: shards_dir / (self.stem + name) for name in self.files}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
 
     def held_out_records(self) -> NDArray[np.bool_]:  # [num_records]
         bits = np.frombuffer(base64.b64decode(self.held_out), np.uint8)
@@ -82,7 +105,7 @@ class Manifest:
 
     receipts: tuple[Receipt, ...] = ()
     absent: tuple[str, ...] = ()
-    """Items whose receipt is here and whose shard is not, or not whole yet: a set that is being copied."""
+    """Items whose receipt or shard is not whole: the set is being copied, or it is damaged (`verify` tells)."""
     by_item: dict[str, Receipt] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,29 +121,52 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        return sum(size for receipt in self.receipts for size, _ in receipt.files.values())
+        return sum(receipt.num_bytes for receipt in self.receipts)
 
 
 def fold(receipts_dir: Path, shards_dir: Path) -> Manifest:
     """Read every receipt whose shard stands whole beside it."""
-    here, absent = [], []
-    names = sorted(entry.name for entry in os.scandir(receipts_dir)) if receipts_dir.is_dir() else []
-    for name in names:
-        if not name.endswith(".json") or name.startswith("."):
+    here: list[Receipt] = []
+    absent: list[str] = []
+    for path in receipt_paths(receipts_dir):
+        try:
+            receipt = Receipt.read(path)
+        except Corrupt:
+            absent.append(path.stem)
             continue
-        path = receipts_dir / name
-        receipt = Receipt.from_json(path.read_bytes(), source=str(path))
-        whole = _is_whole(receipt, shards_dir)
-        here.append(receipt) if whole else absent.append(receipt.item)
+        if all(_size(part) == receipt.files[name][0] for name, part in receipt.paths(shards_dir).items()):
+            here.append(receipt)
+        else:
+            absent.append(receipt.item)
     return Manifest(receipts=tuple(here), absent=tuple(absent))
 
 
-def _is_whole(receipt: Receipt, shards_dir: Path) -> bool:
-    shard = shards_dir / receipt.shard
+def receipt_paths(receipts_dir: Path) -> list[Path]:
+    """By item; temporary files of writers at work are not receipts."""
+    names = sorted(entry.name for entry in os.scandir(receipts_dir)) if receipts_dir.is_dir() else []
+    return [receipts_dir / name for name in names if name.endswith(".json") and not name.startswith(".")]
+
+
+def _size(path: Path) -> int | None:
     try:
-        return all(os.stat(shard / name).st_size == size for name, (size, _) in receipt.files.items())
+        return os.stat(path).st_size
     except OSError:
-        return False
+        return None
+
+
+_STEM = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
+_PART = re.compile(r"\.(tar|idx|zarr(/(points|final|text))?/(zarr\.json|[0-9](\.[0-9])*))")
+
+
+def _require_sane(receipt: Receipt) -> None:
+    """A receipt may come from anywhere: it names files of its own shard only, and no count is absurd."""
+    if not _STEM.fullmatch(receipt.stem) or not all(_PART.fullmatch(name) for name in receipt.files):
+        raise ValueError("it names files outside its shard")
+    counts = (receipt.num_records, receipt.num_points, receipt.num_tokens, receipt.height, receipt.width)
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"counts {counts}")
+    if receipt.num_records > MAX_RECORDS or receipt.num_points > MAX_POINTS:
+        raise ValueError(f"{receipt.num_records} records of {receipt.num_points} points in one shard")
 
 
 def _seal(body: str) -> str:

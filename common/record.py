@@ -21,7 +21,6 @@ from common.errors import Refused
 FORMAT_VERSION = 1
 
 Array = NDArray[Any]
-PREDICTIONS = ("cond", "uncond")
 
 
 def record_key(prompt: str, seed: int, height: int, width: int) -> str:
@@ -70,14 +69,15 @@ class Record:
             running.update(array.tobytes())
         return running.hexdigest()
 
-    def bad_field(self) -> str | None:
-        """The first array that holds NaN or Inf, with its point; None when all is finite."""
-        for name in ("text", "latents", *PREDICTIONS, "final"):
+    def bad_field(self, dtype: np.dtype[Any]) -> str | None:
+        """The first array that would hold NaN or Inf in `dtype`, with its point; None when all is finite."""
+        for name in ("text", "latents", "cond", "uncond", "final"):
             array = getattr(self, name)
-            if not np.isfinite(array).all():
+            finite = np.abs(array) <= np.finfo(dtype).max
+            if not finite.all():
                 if array.ndim != 4:
                     return name
-                point = int(np.argmin(np.isfinite(array).all(axis=(1, 2, 3))))
+                point = int(np.argmin(finite.all(axis=(1, 2, 3))))
                 return f"{name}[{point}] (t={self.timesteps[point]:.1f}, expert {self.expert[point]})"
         return None
 
@@ -123,7 +123,7 @@ class Contract:
     keep_at: tuple[int, ...]
     compute_dtype: str
     encoding: str
-    """float16 | float32: how predictions and text are stored."""
+    """float16 | float32 | int8-block64, see common/encoding.py: how points are stored."""
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
@@ -148,16 +148,12 @@ class Contract:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def difference(self, other: "Contract") -> list[str]:
-        """Field by field: `name: mine | theirs`."""
-        return [
-            f"{field.name}: {getattr(self, field.name)!r} | {getattr(other, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
-        ]
+        return _difference(self, other)
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.encoding)
+        """Of texts and end points, and of the fields where they are stored as they are."""
+        return np.dtype("float32" if self.encoding == "float32" else "float16")
 
     def num_experts(self) -> int:
         return 1 if self.boundary is None else 2
@@ -176,3 +172,12 @@ class Numerics:
     threads: int
     torch: str
     diffusers: str
+
+    def difference(self, other: "Numerics") -> list[str]:
+        return _difference(self, other)
+
+
+def _difference(mine: Any, theirs: Any) -> list[str]:
+    """Field by field: `name: mine | theirs`."""
+    pairs = ((field.name, getattr(mine, field.name), getattr(theirs, field.name)) for field in dataclasses.fields(mine))
+    return [f"{name}: {a!r} | {b!r}" for name, a, b in pairs if a != b]

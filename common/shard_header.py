@@ -1,8 +1,12 @@
-"""What a shard says of its records besides their arrays. The same in every container.
+"""What a shard says of its records besides their arrays, and the arrays as a container takes them.
 
-header = ShardHeader.of(records); header.to_attributes() -> JSON; ShardHeader.from_attributes(json)
+    packed = pack_records(records, contract, numerics)      PackedShard: header, points, final, text
+    header = ShardHeader.from_json(packed.header.to_json())
+
+The same in every container: Zarr and tar differ only in where these bytes lie.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -10,16 +14,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.record import PREDICTIONS, Record, item_id
-
-FIELDS = ("latents", *PREDICTIONS)
-"""The third axis of `points`."""
+from common.encoding import encoding_of
+from common.record import Array, Contract, Numerics, Record, item_id
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShardHeader:
     """Keys, prompts, seeds and noise levels of a shard's records, R of them with K points each."""
 
+    contract: str
+    """Digest of what the records mean: a shard alone still says whose it is."""
+    numerics: Numerics
+    guided_error: float
+    """Relative L2 error of the encoding on the guided prediction: the worst record, at the set's own guidance."""
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -34,25 +41,6 @@ class ShardHeader:
     sigmas: NDArray[np.float32]  # [R, K]
     expert: NDArray[np.uint8]  # [R, K]
 
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> Self:
-        by_prompt = {record.prompt: record for record in records}
-        prompts = tuple(by_prompt)
-        index = {prompt: i for i, prompt in enumerate(prompts)}
-        return cls(
-            keys=tuple(record.key for record in records),
-            digests=tuple(record.digest() for record in records),
-            seeds=tuple(record.seed for record in records),
-            height=records[0].height,
-            width=records[0].width,
-            prompts=prompts,
-            prompt_of=tuple(index[record.prompt] for record in records),
-            text_lengths=tuple(len(by_prompt[prompt].text) for prompt in prompts),
-            timesteps=np.stack([record.timesteps for record in records]),
-            sigmas=np.stack([record.sigmas for record in records]),
-            expert=np.stack([record.expert for record in records]),
-        )
-
     @property
     def item(self) -> str:
         return item_id(list(self.keys))
@@ -61,36 +49,135 @@ class ShardHeader:
     def text_starts(self) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(self.text_lengths)[:-1]]).astype(np.int64)
 
-    def to_attributes(self) -> dict[str, Any]:
+    def text_rows(self, prompt: int) -> slice:
+        start = int(self.text_starts[prompt])
+        return slice(start, start + self.text_lengths[prompt])
+
+    def to_json(self) -> dict[str, Any]:
         """JSON keeps a float32 exactly: it is written as the double that it is."""
-        return {
-            "item": self.item,
-            "fields": list(FIELDS),
-            "height": self.height,
-            "width": self.width,
-            "keys": list(self.keys),
-            "digests": list(self.digests),
-            "seeds": list(self.seeds),
-            "prompts": list(self.prompts),
-            "prompt_of": list(self.prompt_of),
-            "text_lengths": list(self.text_lengths),
-            "timesteps": self.timesteps.astype(float).tolist(),
-            "sigmas": self.sigmas.astype(float).tolist(),
-            "expert": self.expert.tolist(),
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
+        return {"item": self.item, **values, **plain, "numerics": dataclasses.asdict(self.numerics)}
 
     @classmethod
-    def from_attributes(cls, attributes: dict[str, Any]) -> Self:
-        return cls(
-            keys=tuple(attributes["keys"]),
-            digests=tuple(attributes["digests"]),
-            seeds=tuple(attributes["seeds"]),
-            height=attributes["height"],
-            width=attributes["width"],
-            prompts=tuple(attributes["prompts"]),
-            prompt_of=tuple(attributes["prompt_of"]),
-            text_lengths=tuple(attributes["text_lengths"]),
-            timesteps=np.array(attributes["timesteps"], np.float32),
-            sigmas=np.array(attributes["sigmas"], np.float32),
-            expert=np.array(attributes["expert"], np.uint8),
-        )
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        for name in ("keys", "digests", "seeds", "prompts", "prompt_of", "text_lengths"):
+            fields[name] = tuple(fields[name])
+        for name, dtype in (("timesteps", np.float32), ("sigmas", np.float32), ("expert", np.uint8)):
+            fields[name] = np.array(fields[name], dtype)
+        header = cls(**{**fields, "numerics": Numerics(**fields["numerics"])})
+        _require_consistent(header)
+        return header
+
+
+def _require_consistent(header: ShardHeader) -> None:
+    """A header may come from anywhere: its columns must be of one length and its numbers must point inside."""
+    num_records = len(header.keys)
+    columns = (header.digests, header.seeds, header.prompt_of, header.timesteps, header.sigmas, header.expert)
+    if any(len(column) != num_records for column in columns) or header.timesteps.ndim != 2:
+        raise ValueError("columns of different lengths")
+    if not header.timesteps.shape == header.sigmas.shape == header.expert.shape:
+        raise ValueError("noise levels of different shapes")
+    if len(header.text_lengths) != len(header.prompts) or not all(
+        0 <= n < len(header.prompts) for n in header.prompt_of
+    ):
+        raise ValueError("prompts and texts do not match")
+    if not all(type(length) is int and length > 0 for length in header.text_lengths):
+        raise ValueError("texts without rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedShard:
+    """A shard in memory, as any container stores it."""
+
+    header: ShardHeader
+    points: Array  # [R, K, *point_shape] in the encoding's dtype
+    final: Array  # [R, C, H, W]
+    text: Array  # [tokens, D]
+
+
+def pack_records(records: Sequence[Record], contract: Contract, numerics: Numerics) -> PackedShard:
+    """Digests are taken over the records as they will be read, so they are the same in every container."""
+    dtype = contract.storage_dtype
+    encoding = encoding_of(contract, records[0].final.shape)
+    points = [encoding.pack(record.latents, record.cond, record.uncond) for record in records]
+    stored = [as_stored(record, contract, rows) for record, rows in zip(records, points, strict=True)]
+    by_prompt = {record.prompt: record.text for record in stored}
+    prompts = tuple(by_prompt)
+    index = {prompt: i for i, prompt in enumerate(prompts)}
+    header = ShardHeader(
+        contract=contract.digest(),
+        numerics=numerics,
+        guided_error=three_digits(max(_guided_error(contract, *pair) for pair in zip(records, stored, strict=True))),
+        keys=tuple(record.key for record in stored),
+        digests=tuple(record.digest() for record in stored),
+        seeds=tuple(record.seed for record in stored),
+        height=stored[0].height,
+        width=stored[0].width,
+        prompts=prompts,
+        prompt_of=tuple(index[record.prompt] for record in stored),
+        text_lengths=tuple(len(by_prompt[prompt]) for prompt in prompts),
+        timesteps=np.stack([record.timesteps for record in stored]),
+        sigmas=np.stack([record.sigmas for record in stored]),
+        expert=np.stack([record.expert for record in stored]),
+    )
+    text = np.concatenate([by_prompt[prompt] for prompt in prompts]).astype(dtype, copy=False)
+    return PackedShard(
+        header=header, points=np.stack(points), final=np.stack([record.final for record in stored]), text=text
+    )
+
+
+def as_stored(record: Record, contract: Contract, points: Array) -> Record:
+    """The record that a reader will get back."""
+    dtype = contract.storage_dtype
+    latents, cond, uncond = encoding_of(contract, record.final.shape).unpack(points)
+    return dataclasses.replace(
+        record,
+        text=record.text.astype(dtype),
+        latents=latents,
+        cond=cond,
+        uncond=uncond,
+        final=record.final.astype(dtype),
+    )
+
+
+def three_digits(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def _guided_error(contract: Contract, record: Record, stored: Record) -> float:
+    """Of uncond + w (cond - uncond), relative to its norm."""
+    w = np.asarray(contract.guidance, np.float32)[record.expert][:, None, None, None]
+    true, found = (r.uncond + w * (r.cond.astype(np.float32) - r.uncond) for r in (record, stored))
+    norm = float(np.linalg.norm(true))
+    return float(np.linalg.norm(found - true)) / norm if norm else 0.0
+
+
+def make_record(
+    header: ShardHeader, index: int, contract: Contract, *, points: Array, final: Array, text: Array
+) -> Record:
+    """One record from its stored pieces."""
+    prompt = header.prompt_of[index]
+    latents, cond, uncond = encoding_of(contract, final.shape).unpack(points)
+    return Record(
+        key=header.keys[index],
+        prompt=header.prompts[prompt],
+        seed=header.seeds[index],
+        height=header.height,
+        width=header.width,
+        text=text,
+        timesteps=header.timesteps[index],
+        sigmas=header.sigmas[index],
+        expert=header.expert[index],
+        latents=latents,
+        cond=cond,
+        uncond=uncond,
+        final=final,
+    )
+
+
+def record_of(shard: PackedShard, index: int, contract: Contract) -> Record:
+    """One record out of a packed shard."""
+    text = shard.text[shard.header.text_rows(shard.header.prompt_of[index])]
+    return make_record(shard.header, index, contract, points=shard.points[index], final=shard.final[index], text=text)

@@ -3,40 +3,39 @@
 shards = ShardSet.create(set_dir, contract)       or ShardSet.open(set_dir): a set cut short is a normal set
 shards.commit(records, numerics)                  shard on disk, then its receipt: that is the commit
 for receipt in shards.manifest().receipts:
-    shard = shards.read(receipt)
-    shard.read_point(record, point, out)          into your buffer, checked at first touch
-    shard.record(i)                               a whole Record
+    reader = shards.read(receipt)                 see common/shard_reader.py
 
-set/ contract.json  receipts/<item>.json  shards/<item>-<digest>.zarr  assets/  runs/
+set/ contract.json  receipts/<item>.json  shards/<item>-<digest>.zarr|.tar+.idx  quarantine/  assets/  runs/
 """
 
 import base64
+import contextlib
+import errno
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from common import shards_zarr
+from common.encoding import encoding_of
 from common.errors import BadUsage, Corrupt, Refused
 from common.extents import crc32c
-from common.files import sweep, write_atomic, write_folder
-from common.manifest import Manifest, Receipt, fold
+from common.files import sweep, sync_folder, write_atomic, write_folder
+from common.manifest import MAX_RECORDS, Manifest, Receipt, fold
 from common.record import Array, Contract, Numerics, Record
-from common.shard_header import FIELDS, ShardHeader
+from common.shard_header import PackedShard, pack_records, three_digits
+from common.shard_reader import CONTAINERS, ShardReader, open_shard
 
-CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE = (
+CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE, MOVED = (
     "contract.json",
     "receipts",
     "shards",
     "assets",
     "runs",
     "quarantine",
+    "moved",
 )
-MAX_RECORDS_PER_SHARD = 2048
-"""So that a receipt stays within its two kilobytes."""
 LEFT_OVER_AFTER_S = 3600.0
 
 
@@ -48,8 +47,8 @@ def is_held_out(prompt: str) -> bool:
 class ShardSet:
     """A folder of immutable shards that share one contract."""
 
-    def __init__(self, path: Path, contract: Contract) -> None:
-        self.path, self.contract = path, contract
+    def __init__(self, path: Path, contract: Contract, *, library: bool = False) -> None:
+        self.path, self.contract, self._library = path, contract, library
 
     @classmethod
     def create(cls, path: Path, contract: Contract) -> Self:
@@ -71,9 +70,10 @@ class ShardSet:
         return shards
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, library: bool = False) -> Self:
+        """`library`: read through zarr-python and tarfile instead of by offset."""
         try:
-            return cls(path, Contract.from_json((path / CONTRACT_NAME).read_bytes()))
+            return cls(path, Contract.from_json((path / CONTRACT_NAME).read_bytes()), library=library)
         except OSError as error:
             raise BadUsage(
                 wrong=f"{path} is no shard set",
@@ -97,124 +97,100 @@ class ShardSet:
     def commit(self, records: Sequence[Record], numerics: Numerics, *, container: str = "zarr") -> Receipt:
         """Put the records of one item on disk. Whoever commits an item first has committed it: a second receipt
         for it is not written, and shards of other content have other names, so writers never harm each other."""
-        assert 0 < len(records) <= MAX_RECORDS_PER_SHARD
-        header = ShardHeader.of(records)
-        files = shards_zarr.pack(records, header, self.contract.storage_dtype)
-        receipt = _receipt(header, files, numerics)
-        receipt_path = self.path / RECEIPTS / f"{receipt.item}.json"
-        if receipt_path.exists():
-            return Receipt.from_json(receipt_path.read_bytes(), source=str(receipt_path))
-        self._place(receipt.shard, files)
+        assert 0 < len(records) <= MAX_RECORDS
+        return self.commit_packed(pack_records(records, self.contract, numerics), container)
+
+    def commit_packed(self, shard: PackedShard, container: str) -> Receipt:
+        """The same for a shard that is packed already, as when it changes its container."""
+        receipt_path = self.receipt_path(shard.header.item)
+        with contextlib.suppress(OSError, Corrupt):  # none yet, or a damaged one, which is replaced
+            return Receipt.read(receipt_path)
+        files = CONTAINERS[container].pack(shard)
+        receipt = make_receipt(shard, self.contract, container, files)
+        self.place(receipt, files)
         write_atomic(receipt_path, receipt.to_json())
         return receipt
 
-    def read(self, receipt: Receipt) -> "ShardReader":
-        return ShardReader(self.path / SHARDS / receipt.shard, receipt, self.contract)
+    def read(self, receipt: Receipt, *, library: bool = False) -> ShardReader:
+        if receipt.contract != self.contract.digest():
+            raise Refused(
+                wrong=f"item {receipt.item} was made under another contract",
+                found=f"{receipt.contract[:16]}, the set's is {self.contract.digest()[:16]}",
+                mend="keep shards of different contracts in different sets",
+            )
+        return open_shard(self.shards_dir, receipt, self.contract, library=library or self._library)
 
-    def _place(self, name: str, files: dict[str, bytes]) -> None:
-        """The shard under its final name. One of that name may stand there already, by a writer that was killed
-        before its receipt: its name says its content, so it is ours if its bytes are."""
-        shard = self.path / SHARDS / name
-        try:
-            write_folder(shard, files)
-        except OSError:
-            if not shard.is_dir():
-                raise
-            if any(not (shard / part).is_file() or (shard / part).read_bytes() != data for part, data in files.items()):
-                raise Corrupt(
-                    wrong=f"{shard} has the name of what was to be written, and other bytes",
-                    found="an uncommitted shard that was altered",
-                    mend="remove that folder and run again",
-                ) from None
+    @property
+    def shards_dir(self) -> Path:
+        return self.path / SHARDS
 
+    def receipt_path(self, item: str) -> Path:
+        return self.path / RECEIPTS / f"{item}.json"
 
-class ShardReader:
-    """One committed shard, read by offset."""
-
-    def __init__(self, path: Path, receipt: Receipt, contract: Contract) -> None:
-        self.path, self.receipt, self._dtype = path, receipt, contract.storage_dtype
-        self.header = shards_zarr.read_header(path, receipt.files, self._corrupt)
-        if self.header.item != receipt.item or self.header.timesteps.shape != (receipt.num_records, receipt.num_points):
-            raise self._corrupt(shards_zarr.HEADER_FILE, "the header of another item")
-        num_records, num_points = receipt.num_records, receipt.num_points
-        side = contract.latent_stride
-        self.state_shape = (contract.latent_channels, receipt.height // side, receipt.width // side)
-        state_bytes = int(np.prod(self.state_shape)) * self._dtype.itemsize
-        table = partial(shards_zarr.extents, path, corrupt=self._corrupt)
-        self.points = table(
-            shards_zarr.POINTS, num_records * num_points, len(FIELDS) * state_bytes, name=self._point_name
-        )
-        self.final = table(shards_zarr.FINAL, num_records, state_bytes, name=self._record_name("final"))
-        row_bytes = contract.text_dim * self._dtype.itemsize
-        self.text = table(shards_zarr.TEXT, receipt.num_tokens, row_bytes, name=lambda i: f"text row {i}")
-
-    def read_point(self, record: int, point: int, out: memoryview) -> None:
-        """(latents, cond, uncond) of one point into `out`."""
-        self.points.read(record * self.receipt.num_points + point, out)
-
-    def read_text(self, prompt: int) -> Array:
-        """[L, D] of a distinct prompt."""
-        rows = self.text.read_run(int(self.header.text_starts[prompt]), self.header.text_lengths[prompt])
-        return rows.view(self._dtype)
-
-    def record(self, index: int) -> Record:
-        header, num_points = self.header, self.receipt.num_points
-        points = np.empty((num_points, len(FIELDS), *self.state_shape), self._dtype)
-        for point in range(num_points):
-            self.read_point(index, point, points[point].data.cast("B"))
-        final = np.empty(self.state_shape, self._dtype)
-        self.final.read(index, final.data.cast("B"))
-        prompt = header.prompt_of[index]
-        fields = {name: np.ascontiguousarray(points[:, i]) for i, name in enumerate(FIELDS)}
-        return Record(
-            key=header.keys[index],
-            prompt=header.prompts[prompt],
-            seed=header.seeds[index],
-            height=header.height,
-            width=header.width,
-            text=self.read_text(prompt),
-            timesteps=header.timesteps[index],
-            sigmas=header.sigmas[index],
-            expert=header.expert[index],
-            final=final,
-            **fields,
-        )
-
-    def check(self) -> None:
-        """Read every byte; raise Corrupt at the first record that is not what was written."""
-        for index, digest in enumerate(self.header.digests):
-            if self.record(index).digest() != digest:
-                raise self._corrupt(f"record {self.header.keys[index]}", "another digest than when it was written")
-
-    def _corrupt(self, part: str, found: str) -> Corrupt:
-        return Corrupt(
-            wrong=f"shard {self.path}: {part} is not what was written",
-            found=found,
-            mend="run `python -m harvest repair SET` where the teacher is, or copy the shard again",
-        )
-
-    def _point_name(self, index: int) -> str:
-        record, point = divmod(index, self.receipt.num_points)
-        return f"item {self.receipt.item}, record {self.header.keys[record]}, point {point} ({'/'.join(FIELDS)})"
-
-    def _record_name(self, field: str) -> Callable[[int], str]:
-        return lambda index: f"item {self.receipt.item}, record {self.header.keys[index]}, {field}"
+    def place(self, receipt: Receipt, files: dict[str, bytes]) -> None:
+        """The shard's files under their final names, which say their content: what stands there already, by a
+        writer that was killed before its receipt, is ours if its bytes are."""
+        folders: dict[str, dict[str, bytes]] = {}
+        for name, data in files.items():
+            top, _, rest = name.partition("/")
+            folders.setdefault(top, {})[rest] = data
+        for top, parts in folders.items():
+            path = self.shards_dir / (receipt.stem + top)
+            try:
+                write_folder(path, parts) if "" not in parts else _write_new(path, parts[""])
+            except OSError as error:
+                if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
+                    raise
+                _require_equal(path, parts)
+                sync_folder(self.shards_dir)  # whoever put it there may not have come to this
 
 
-def _receipt(header: ShardHeader, files: dict[str, bytes], numerics: Numerics) -> Receipt:
+def make_receipt(shard: PackedShard, contract: Contract, container: str, files: dict[str, bytes]) -> Receipt:
+    header = shard.header
     digest = hashlib.sha256("".join(header.digests).encode()).hexdigest()
     held_out = np.packbits([is_held_out(header.prompts[prompt]) for prompt in header.prompt_of])
     return Receipt(
         item=header.item,
-        container="zarr",
-        shard=f"{header.item}-{digest[:8]}{shards_zarr.SUFFIX}",
+        container=container,
+        stem=f"{header.item}-{digest[:8]}",
+        contract=header.contract,
         num_records=len(header.keys),
         num_points=header.timesteps.shape[1],
         height=header.height,
         width=header.width,
         num_tokens=sum(header.text_lengths),
         held_out=base64.b64encode(held_out.tobytes()).decode(),
+        guided_error=header.guided_error,
+        guided_std=three_digits(_guided_std(shard, contract)),
         digest=digest,
         files={name: [len(data), crc32c(data)] for name, data in files.items()},
-        numerics=numerics,
+        numerics=header.numerics,
     )
+
+
+def _guided_std(shard: PackedShard, contract: Contract) -> float:
+    encoding = encoding_of(contract, shard.final.shape[1:])
+    guidance = np.asarray(contract.guidance, np.float32)
+    sums = np.zeros(3)
+    for rows, expert in zip(shard.points, shard.header.expert, strict=True):
+        _, cond, uncond = (part.astype(np.float32) for part in encoding.unpack(rows))
+        guided: Array = uncond + guidance[expert][:, None, None, None] * (cond - uncond)
+        sums += guided.size, float(guided.sum(dtype=np.float64)), float(np.square(guided, dtype=np.float64).sum())
+    return float(np.sqrt(max(sums[2] / sums[0] - (sums[1] / sums[0]) ** 2, 0.0)))
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    if path.exists():
+        raise FileExistsError(path)
+    write_atomic(path, data)
+
+
+def _require_equal(path: Path, parts: dict[str, bytes]) -> None:
+    for name, data in parts.items():
+        part = path / name if name else path
+        if not part.is_file() or part.read_bytes() != data:
+            raise Corrupt(
+                wrong=f"{part} has the name of what was to be written, and other bytes",
+                found="an uncommitted shard that was altered",
+                mend=f"remove {path} and run again",
+            ) from None

@@ -1,102 +1,144 @@
 """A shard as a Zarr v3 group that stock clients read.
 
-    <name>.zarr/zarr.json      attributes: the shard's header (keys, prompts, seeds, timesteps, digests ...)
-               points/         [record, point, field, channel, y, x], one shard file, inner chunk = one point
-               final/          [record, channel, y, x], inner chunk = one record
-               text/           [token, width], the distinct prompts one after the other, inner chunk = one token
+    <stem>.zarr/zarr.json      attributes: the shard's header (keys, prompts, seeds, timesteps, digests ...)
+                points/        [record, point, field, channel, y, x], one shard file, inner chunk = one point
+                final/         [record, channel, y, x], inner chunk = one record
+                text/          [token, width], the distinct prompts one after the other, inner chunk = one token
 
 Packed by zarr-python into memory; common/files puts the bytes on disk. Every inner chunk carries its crc32c, and an
 inner chunk that equals the fill value is written all the same: to Zarr a missing chunk is a chunk of fill values.
+`compression` (zstd, or pcodec, which only zarr-python reads) makes an archive: read through the library, not by offset.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.extents import CRC_BYTES, Extents, crc32c
-from common.record import Record
-from common.shard_header import FIELDS, ShardHeader
+from common.record import Array
+from common.shard_header import PackedShard, ShardHeader
+from common.tables import Fail, Layout, Tables, names
 
 SUFFIX = ".zarr"
-POINTS, FINAL, TEXT = "points", "final", "text"
 HEADER_FILE = "zarr.json"
-_DATA_FILES = {POINTS: "points/0.0.0.0.0.0", FINAL: "final/0.0.0.0", TEXT: "text/0.0"}
+MAX_JSON_BYTES = 64_000_000
+COMPRESSIONS = ("", "zstd", "pcodec")
+_ARRAYS = ("points", "final", "text")
 
 
-def pack(records: Sequence[Record], header: ShardHeader, dtype: np.dtype[Any]) -> dict[str, bytes]:
-    """The files of a shard: name -> bytes. The same records give the same bytes."""
-    import zarr
-    from zarr.storage import MemoryStore
+class ZarrContainer:
+    """Implements common.tables.Container."""
 
-    store = MemoryStore()
-    group = zarr.create_group(store, attributes={"shard": header.to_attributes()})
-    points = np.stack([np.stack([getattr(record, field) for field in FIELDS], axis=1) for record in records])
-    _put(group, POINTS, points.astype(dtype, copy=False), inner=(1, 1, *points.shape[2:]))
-    final = np.stack([record.final for record in records])
-    _put(group, FINAL, final.astype(dtype, copy=False), inner=(1, *final.shape[1:]))
-    by_prompt = {record.prompt: record.text for record in records}
-    text = np.concatenate([by_prompt[prompt] for prompt in header.prompts])
-    _put(group, TEXT, text.astype(dtype, copy=False), inner=(1, text.shape[1]))
-    return {name: buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
+    def __init__(self, compression: str = "") -> None:
+        assert compression in COMPRESSIONS
+        self.compression = compression
+
+    def pack(self, shard: PackedShard) -> dict[str, bytes]:
+        import zarr
+        from zarr.storage import MemoryStore
+
+        store = MemoryStore()
+        group = zarr.create_group(store, attributes={"shard": shard.header.to_json()})
+        for name in _ARRAYS:
+            array = getattr(shard, name)
+            inner = {"points": (1, 1, *array.shape[2:]), "final": (1, *array.shape[1:]), "text": (1, *array.shape[1:])}
+            self._put(group, name, array, inner[name])
+        return {f"{SUFFIX}/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
+
+    def _put(self, group: Any, name: str, array: Array, inner: tuple[int, ...]) -> None:
+        stored = group.create_array(
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            shards=array.shape,
+            chunks=inner,
+            fill_value=255 if array.dtype == np.uint8 else np.nan,
+            chunk_key_encoding={"name": "v2", "separator": "."},
+            config={"write_empty_chunks": True},
+            **self._codecs(array.dtype),
+        )
+        stored[...] = array
+
+    def _codecs(self, dtype: np.dtype) -> dict[str, Any]:
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
+        if self.compression == "zstd":
+            return {"compressors": [ZstdCodec(level=5), Crc32cCodec()]}
+        if self.compression == "pcodec" and dtype != np.uint8:
+            from zarr.codecs.numcodecs import PCodec
+
+            return {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
+        return {"compressors": [Crc32cCodec()]}
+
+    def open(self, stem: Path, layout: Layout, fail: Fail) -> Tables:
+        folder = stem.with_name(stem.name + SUFFIX)
+        header = _checked_header(folder, layout, fail)
+        point, final, text = names(layout, header)
+        receipt = layout.receipt
+
+        def extents(name: str, rank: int, count: int, length: int, naming: Callable[[int], str]) -> Extents:
+            return _extents(folder / name / ".".join("0" * rank), count, length, naming, fail)
+
+        rank = 2 + len(layout.encoding.point_shape)
+        return Tables(
+            header=header,
+            points=extents("points", rank, layout.num_points, layout.point_bytes, point),
+            final=extents("final", 4, receipt.num_records, layout.state_bytes, final),
+            text=extents("text", 2, receipt.num_tokens, layout.row_bytes, text),
+        )
+
+    def load(self, stem: Path) -> PackedShard:
+        import zarr
+
+        group: Any = zarr.open_group(stem.with_name(stem.name + SUFFIX), mode="r")
+        _require_bounded(stem.with_name(stem.name + SUFFIX), group)
+        header = ShardHeader.from_json(group.attrs["shard"])
+        return PackedShard(header=header, **{name: group[name][...] for name in _ARRAYS})
 
 
-def _put(group: Any, name: str, array: Any, *, inner: tuple[int, ...]) -> None:
-    from zarr.codecs import Crc32cCodec
-
-    stored = group.create_array(
-        name,
-        shape=array.shape,
-        dtype=array.dtype,
-        shards=array.shape,
-        chunks=inner,
-        compressors=[Crc32cCodec()],
-        fill_value=np.nan,
-        chunk_key_encoding={"name": "v2", "separator": "."},
-        config={"write_empty_chunks": True},
-    )
-    stored[...] = array
-
-
-def read_header(
-    shard: Path, files: Mapping[str, Sequence[int]], corrupt: Callable[[str, str], Exception]
-) -> ShardHeader:
+def _checked_header(folder: Path, layout: Layout, fail: Fail) -> ShardHeader:
     """The header, after every small file of the shard was checked against its receipt."""
-    for name, (size, crc) in files.items():
-        if not name.endswith(HEADER_FILE):
+    attributes: dict[str, Any] = {}
+    for name, (size, crc) in layout.receipt.files.items():
+        part = name.removeprefix(f"{SUFFIX}/")
+        if not part.endswith(HEADER_FILE):
             continue
-        data = (shard / name).read_bytes()
+        if size > MAX_JSON_BYTES:
+            raise fail(part, f"{size} bytes of JSON")
+        data = (folder / part).read_bytes()
         if len(data) != size or crc32c(data) != crc:
-            raise corrupt(name, f"{len(data)} bytes, crc32c {crc32c(data):08x}; written as {size}, {crc:08x}")
-        if name == HEADER_FILE:
+            raise fail(part, f"{len(data)} bytes, crc32c {crc32c(data):08x}; written as {size}, {crc:08x}")
+        if part == HEADER_FILE:
             attributes = json.loads(data)["attributes"]["shard"]
-    return ShardHeader.from_attributes(attributes)
+    return ShardHeader.from_json(attributes)
 
 
-def extents(
-    shard: Path,
-    field: str,
-    count: int,
-    length: int,
-    name: Callable[[int], str],
-    corrupt: Callable[[str, str], Exception],
-) -> Extents:
-    """The extents of `points`, `final` or `text`, from the index at the end of the shard file: `count` pairs of
-    64-bit offset and length, then the index's own crc32c (Zarr ZEP 2)."""
-    path = shard / _DATA_FILES[field]
+def _extents(path: Path, count: int, length: int, name: Callable[[int], str], fail: Fail) -> Extents:
+    """From the index at the end of a shard file: `count` pairs of 64-bit offset and length, then the index's own
+    crc32c (ZEP 2, sharding codec)."""
+    part = f"{path.parent.name}/{path.name}"
     index_bytes = count * 16
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         if size != index_bytes + CRC_BYTES + count * (length + CRC_BYTES):
-            raise corrupt(_DATA_FILES[field], f"{size} bytes, which do not hold {count} pieces of {length}")
+            raise fail(part, f"{size} bytes, which do not hold {count} pieces of {length}")
         file.seek(size - index_bytes - CRC_BYTES)
         tail = file.read()
     index, crc = tail[:-CRC_BYTES], int.from_bytes(tail[-CRC_BYTES:], "little")
     if crc32c(index) != crc:
-        raise corrupt(_DATA_FILES[field], "its index does not match its crc32c")
+        raise fail(part, "its index does not match its crc32c")
     table = np.frombuffer(index, "<u8").reshape(count, 2)
     if not (table[:, 1] == length + CRC_BYTES).all() or int(table[:, 0].max(initial=0)) > size:
-        raise corrupt(_DATA_FILES[field], "its index points to pieces of another size")
+        raise fail(part, "its index points to pieces of another size")
     return Extents(path, table[:, 0].astype(np.int64), length, None, name)
+
+
+def _require_bounded(folder: Path, group: Any) -> None:
+    """Metadata may claim any size; what is on disk bounds it. Codecs here never shrink data below a thousandth."""
+    for name in _ARRAYS:
+        on_disk = sum(path.stat().st_size for path in (folder / name).iterdir())
+        if group[name].nbytes > 1000 * on_disk:
+            raise ValueError(f"{name} claims {group[name].nbytes} bytes; its files have {on_disk}")

@@ -4,6 +4,7 @@
     python -m harvest run    configs/harvest/demo.yaml      do it; the same command again goes on where it stopped
     python -m harvest status out/demo/set                   what a set holds, from the set alone
     python -m harvest verify out/demo/set                   read every byte of a set against its checksums
+    python -m harvest convert out/demo/set out/demo/tar --to tar
 
 Any key of the configuration can be laid over: `--set steps=10 --set teacher.device=cpu`.
 """
@@ -17,7 +18,14 @@ main = LazyGroup(
         "plan": Command("harvest.commands:plan", "What a run would do: records, shards, forwards, bytes."),
         "run": Command("harvest.commands:run", "Harvest. The same command again goes on where it stopped."),
         "status": Command("harvest.commands:status", "What a set holds and who works on it, from the set alone."),
-        "verify": Command("harvest.commands:verify", "Read every byte of a set against its checksums."),
+        "verify": Command("harvest.granary.commands:verify", "Every byte of a set against its checksums."),
+        "rebuild": Command("harvest.granary.commands:rebuild", "Lost receipts again, from the shards."),
+        "convert": Command("harvest.granary.commands:convert", "The same records in another container."),
+        "merge": Command("harvest.granary.commands:merge", "One set out of several of one contract."),
+        "subset": Command("harvest.granary.commands:subset", "Some of a set: by prompt, size, noise level, held-out."),
+        "diff": Command("harvest.granary.commands:diff", "What two sets have in common and what not."),
+        "push": Command("harvest.granary.commands:push", "Copy a set: resumed, verified on arrival, freed if asked."),
+        "pull": Command("harvest.granary.commands:pull", "The same, from there to here."),
     },
 )
 

@@ -7,7 +7,6 @@ import click
 
 from common.config import load_config
 from common.environment import prepare_environment
-from common.log import human_bytes
 from harvest.config import HarvestConfig
 
 overrides = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Lay a value over the file's.")
@@ -19,13 +18,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object 
 @click.command()
 @config_file
 @overrides
-def run(config_path: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--strict", is_flag=True, help="Refuse to add to a set whose shards were computed with other numerics.")
+def run(config_path: Path, overrides: tuple[str, ...], strict: bool) -> None:
     """Harvest what CONFIG asks for. The same command again goes on where it stopped."""
     config = load_config(HarvestConfig, config_path, overrides=overrides)
     prepare_environment()
     from harvest.loop import harvest
 
-    harvest(config)
+    harvest(config, strict=strict)
 
 
 @click.command()
@@ -49,22 +49,3 @@ def status(set_path: Path, as_json: bool) -> None:
 
     facts = survey(set_path)
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
-
-
-@click.command()
-@set_folder
-def verify(set_path: Path) -> None:
-    """Read every byte of SET against its checksums; exit 5 at the first that is not what was written."""
-    from common.shards import ShardSet
-
-    shards = ShardSet.open(set_path)
-    manifest = shards.manifest()
-    for receipt in manifest.receipts:
-        shards.read(receipt).check()
-    click.echo(
-        f"{len(manifest.receipts)} shards, {manifest.num_records} records, {human_bytes(manifest.num_bytes)}: whole"
-    )
-    for item in manifest.absent:
-        click.echo(f"item {item}: the receipt is here, its shard is not whole", err=True)
-    if manifest.absent:
-        raise SystemExit(5)

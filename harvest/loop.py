@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import save_config
-from common.errors import BadUsage, Partial
+from common.encoding import BLOCK
+from common.errors import BadUsage, Partial, Refused
 from common.files import write_atomic
 from common.log import Log, human_seconds
 from common.record import Contract, Numerics, Record
@@ -26,7 +27,7 @@ from harvest.plan import WorkItem, make_plan
 from harvest.teacher import Fingerprints, Teacher, TeacherFacts, facts_of, load_teacher
 
 
-def harvest(config: HarvestConfig) -> int:
+def harvest(config: HarvestConfig, *, strict: bool = False) -> int:
     """Work what remains of the plan; the number of records added."""
     # Settings and plan: nothing of a model is read yet, a mistake costs nothing.
     resolved = resolve(config.teacher.folder, config.teacher.variant)
@@ -42,6 +43,7 @@ def harvest(config: HarvestConfig) -> int:
             teacher = _ready_teacher(config, resolved, watch, log)
         contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
         shards = ShardSet.create(config.out, contract)
+        _say_numerics(shards, make_numerics(config, teacher), log, strict=strict)
         _leave_assets(shards, resolved, teacher)
         watch.running()
         return _work(config, plan.items, list(plan.remaining(shards)), teacher, shards, watch, log, stop)
@@ -65,7 +67,7 @@ def _work(config: HarvestConfig, all_items: Sequence[WorkItem], items: Sequence[
         with watch.stage("write", deadline_s=config.deadline_s):
             good = _without_bad(item, records, shards, log)
             if good:
-                shards.commit(good, numerics)
+                shards.commit(good, numerics, container=config.container)
         num_added += len(good)
         num_bad += len(records) - len(good)
         spent = time.monotonic() - began
@@ -134,11 +136,22 @@ def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:
     )
 
 
+def _say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) -> None:
+    """Other numerics move last bits, not meaning: they are said, and refused only when asked to."""
+    others = {receipt.numerics for receipt in shards.manifest().receipts} - {mine}
+    for other in others:
+        told = ", ".join(mine.difference(other))
+        if strict:
+            raise Refused(wrong="the set holds shards of other numerics", found=told, mend="run without --strict")
+        log.say(f"the set holds shards of other numerics (this run | those): {told}")
+
+
 def record_bytes(config: HarvestConfig, facts: TeacherFacts) -> int:
     """Of the arrays of one record, its text left out."""
     side = facts.latent_stride
     state = facts.latent_channels * (config.height // side) * (config.width // side)
-    return (3 * config.keep + 1) * state * (2 if config.encoding == "float16" else 4)
+    point = {"float16": 6 * state, "float32": 12 * state, "int8-block64": 4 * state + 4 * -(-state // BLOCK)}
+    return config.keep * point[config.encoding] + state * (4 if config.encoding == "float32" else 2)
 
 
 def check_size(config: HarvestConfig, facts: TeacherFacts) -> None:
@@ -175,7 +188,7 @@ def _leave_assets(shards: ShardSet, resolved, teacher: Teacher) -> None:  # type
 
 def _without_bad(item: WorkItem, records: Sequence[Record], shards: ShardSet, log: Log) -> list[Record]:
     """NaN and Inf never enter a shard: such a record is named, with where it went wrong, and set aside."""
-    bad = {record.key: where for record in records if (where := record.bad_field())}
+    bad = {record.key: where for record in records if (where := record.bad_field(shards.contract.storage_dtype))}
     if bad:
         folder: Path = shards.path / QUARANTINE
         entries = [{"key": key, "where": where} for key, where in bad.items()]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.manifest import MAX_RECORDS
 from common.record import item_id, record_key
-from common.shards import MAX_RECORDS_PER_SHARD, QUARANTINE, ShardSet
+from common.shards import MOVED, QUARANTINE, ShardSet
 from harvest.config import HarvestConfig
 from harvest.prompts import read_prompts, seed_of
 
@@ -62,10 +63,11 @@ class Plan:
             if receipt.item not in planned
             for key in shards.read(receipt).header.keys
         }
-        held |= quarantined_keys(shards)
+        moved = moved_keys(shards)
+        held |= quarantined_keys(shards) | {key for keys in moved.values() for key in keys}
         for index in np.random.default_rng(ORDER_SEED).permutation(len(self.items)):
             item = self.items[index]
-            if item.id in manifest.by_item:
+            if item.id in manifest.by_item or item.id in moved:
                 continue
             left = tuple(question for question in item.questions if question.key not in held)
             if left:
@@ -75,7 +77,7 @@ class Plan:
 def make_plan(config: HarvestConfig, *, record_bytes: int | None = None) -> Plan:
     """`record_bytes` (known once the teacher's folder was read) bounds a shard when the configuration does not."""
     per_shard = config.records_per_shard or max(1, SHARD_BYTES // (record_bytes or SHARD_BYTES))
-    per_shard = min(per_shard, MAX_RECORDS_PER_SHARD)
+    per_shard = min(per_shard, MAX_RECORDS)
     questions = [
         _question(prompt, seed_of(prompt, number), config)
         for prompt in read_prompts(config.prompts.file, limit=config.prompts.limit)
@@ -92,6 +94,12 @@ def quarantined_keys(shards: ShardSet) -> set[str]:
     """Keys whose records were not finite: not asked again until `repair`."""
     folder = shards.path / QUARANTINE
     return {entry["key"] for path in sorted(folder.glob("[!.]*.json")) for entry in json.loads(path.read_bytes())}
+
+
+def moved_keys(shards: ShardSet) -> dict[str, list[str]]:
+    """Items that were carried elsewhere to free the disk, and their keys: done, though not here."""
+    notes = (json.loads(path.read_bytes()) for path in (shards.path / MOVED).glob("[!.]*.json"))
+    return {note["item"]: note["keys"] for note in notes}
 
 
 def _question(prompt: str, seed: int, config: HarvestConfig) -> Question:

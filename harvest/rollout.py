@@ -6,7 +6,7 @@
         at each step   fed = the state rounded to latent_dtype;  cond, uncond = teacher(fed, t)
                        guided = uncond + w (cond - uncond);      state += (sigma_next - sigma) guided   (float32)
         at kept steps  fed, cond, uncond go into the record
-    -> final = the end point
+    -> final = the end point; everything in float32: the set's encoding rounds it
 
 The whole item goes through the high-noise expert first, then through the other: one change of experts an item.
 Every state is rounded before the teacher sees it, kept or not, so keeping a step never changes the path.
@@ -37,7 +37,7 @@ class Walker:
     state: Tensor  # [C, H, W] float32
     points: dict[int, list[Array]] = field(default_factory=dict)
 
-    def record(self, item: WorkItem, dtype: np.dtype) -> Record:
+    def record(self, item: WorkItem) -> Record:
         latents, cond, uncond = (np.stack([self.points[int(step)][i] for step in self.kept]) for i in range(3))
         return Record(
             key=self.question.key,
@@ -45,14 +45,14 @@ class Walker:
             seed=self.question.seed,
             height=item.height,
             width=item.width,
-            text=self.text.numpy().astype(dtype),
+            text=self.text.numpy(),
             timesteps=self.grid.timesteps[self.kept],
             sigmas=self.grid.sigmas[:-1][self.kept],
             expert=self.experts[self.kept],
-            latents=latents.astype(dtype),
-            cond=cond.astype(dtype),
-            uncond=uncond.astype(dtype),
-            final=self.state.cpu().numpy().astype(dtype),
+            latents=latents,
+            cond=cond,
+            uncond=uncond,
+            final=self.state.cpu().numpy(),
         )
 
 
@@ -60,7 +60,7 @@ def rollout(
     teacher: Teacher, item: WorkItem, contract: Contract, *, micro_batch: int, moved: Callable[[], None]
 ) -> list[Record]:
     """Every record of an item, in its order. `moved` is called after each forward, and may raise to stop."""
-    rounded = torch.float16 if contract.encoding == "float16" else torch.float32
+    rounded = getattr(torch, contract.storage_dtype.name)
     prompts = list(dict.fromkeys(question.prompt for question in item.questions))
     texts = dict(zip(prompts, (text.to(rounded).float() for text in teacher.encode(prompts)), strict=True))
     negative = teacher.encode([contract.negative_prompt])[0].to(rounded).float()
@@ -69,7 +69,7 @@ def rollout(
         for start in range(0, len(walkers), micro_batch):
             group = walkers[start : start + micro_batch]
             _walk(teacher, group, expert, negative, contract, moved)
-    return [walker.record(item, contract.storage_dtype) for walker in walkers]
+    return [walker.record(item) for walker in walkers]
 
 
 def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract) -> Walker:

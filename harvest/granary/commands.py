@@ -1,0 +1,151 @@
+"""The commands on whole sets: options in, one call, lines out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from common.errors import BadUsage, Corrupt
+from common.log import human_bytes
+from common.shard_reader import CONTAINERS
+from common.shards import ShardSet
+
+path = click.Path(path_type=Path)
+set_folder = click.argument("set_path", metavar="SET", type=path)
+target_folder = click.argument("out", metavar="OUT", type=path)
+containers = click.Choice(list(CONTAINERS))
+
+
+@click.command()
+@set_folder
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of words.")
+def verify(set_path: Path, as_json: bool) -> None:
+    """Read every byte of SET against its checksums; exit 5 if one is not what was written."""
+    from harvest.granary.verify import verify as damages_of
+
+    shards = ShardSet.open(set_path)
+    num_damages = 0
+    for damage in damages_of(shards):
+        num_damages += 1
+        click.echo(json.dumps(dataclasses.asdict(damage)) if as_json else str(damage))
+    if num_damages:
+        raise Corrupt(
+            wrong=f"{set_path} is damaged in {num_damages} files",
+            found="see above",
+            mend="copy those shards again, or run `python -m harvest repair` where the teacher is",
+        )
+    manifest = shards.manifest()
+    whole = {"shards": len(manifest.receipts), "records": manifest.num_records, "bytes": manifest.num_bytes}
+    words = f"{whole['shards']} shards, {whole['records']} records, {human_bytes(manifest.num_bytes)}: whole"
+    click.echo(json.dumps(whole) if as_json else words)
+
+
+@click.command()
+@set_folder
+def rebuild(set_path: Path) -> None:
+    """Make lost or damaged receipts of SET again from its shards."""
+    from harvest.granary.rebuild import rebuild as receipts_of
+
+    faults = []
+    for made in receipts_of(ShardSet.open(set_path)):
+        faults += [made] if isinstance(made, Corrupt) else []
+        click.echo(str(made) if isinstance(made, Corrupt) else f"item {made.item}: receipt made again")
+    if faults:
+        raise faults[0]
+
+
+@click.command()
+@set_folder
+@target_folder
+@click.option("--to", "container", required=True, type=containers)
+def convert(set_path: Path, out: Path, container: str) -> None:
+    """Write the records of SET to OUT in another container; digests stay equal."""
+    from harvest.granary.select import convert as converted
+
+    _say(converted(ShardSet.open(set_path), out, container))
+
+
+@click.command()
+@click.argument("set_paths", metavar="SET...", nargs=-1, required=True, type=path)
+@target_folder
+def merge(set_paths: tuple[Path, ...], out: Path) -> None:
+    """Join SETs of one contract in OUT; a record that several hold is taken from the first."""
+    from harvest.granary.select import merge as merged
+
+    _say(merged([ShardSet.open(set_path) for set_path in set_paths], out))
+
+
+@click.command()
+@set_folder
+@target_folder
+@click.option("--prompt", "prompts", multiple=True, help="A shell pattern; one of several must match.")
+@click.option("--size", "sizes", multiple=True, metavar="HxW")
+@click.option("--sigma", metavar="LOW:HIGH", help="Points with LOW <= sigma < HIGH.")
+@click.option("--held-out/--not-held-out", default=None, help="Only the held-out records, or only the others.")
+def subset(set_path: Path, out: Path, prompts: tuple[str, ...], sizes: tuple[str, ...], sigma: str | None,
+           held_out: bool | None) -> None:  # fmt: skip
+    """Write some of SET to OUT."""
+    from harvest.granary.select import Choice
+    from harvest.granary.select import subset as chosen
+
+    choice = Choice(
+        prompts=prompts,
+        sizes=tuple((int(h), int(w)) for h, w in (_pair("--size", size, "x") for size in sizes)),
+        sigmas=_pair("--sigma", sigma, ":") if sigma else None,
+        held_out=held_out,
+    )
+    _say(chosen(ShardSet.open(set_path), out, choice))
+
+
+@click.command()
+@click.argument("first", type=path)
+@click.argument("second", type=path)
+def diff(first: Path, second: Path) -> None:
+    """What two sets have in common and what not; exit 1 if they differ."""
+    from harvest.granary.compare import compare
+
+    difference = compare(ShardSet.open(first), ShardSet.open(second))
+    click.echo("\n".join(difference.lines()))
+    raise SystemExit(0 if difference.none else 1)
+
+
+@click.command()
+@set_folder
+@target_folder
+@click.option("--free", is_flag=True, help="Remove from SET what has arrived; SET still knows that it is done.")
+def push(set_path: Path, out: Path, free: bool) -> None:
+    """Copy SET to OUT, resumed and verified on arrival."""
+    _carry(set_path, out, free)
+
+
+@click.command()
+@click.argument("there", metavar="THERE", type=path)
+@click.argument("here", metavar="HERE", type=path)
+def pull(there: Path, here: Path) -> None:
+    """Copy the set THERE to HERE, resumed and verified on arrival."""
+    _carry(there, here, free=False)
+
+
+def _carry(source: Path, target: Path, free: bool) -> None:
+    from harvest.granary.carry import LocalPlace, carry
+
+    ShardSet.open(source)
+    receipts = list(carry(LocalPlace(source), LocalPlace(target), free=free))
+    click.echo(f"{len(receipts)} shards, {human_bytes(sum(r.num_bytes for r in receipts))} stand whole in {target}")
+
+
+def _pair(option: str, text: str, separator: str) -> tuple[float, float]:
+    low, found, high = text.partition(separator)
+    try:
+        if not found:
+            raise ValueError
+        return float(low), float(high)
+    except ValueError:
+        raise BadUsage(wrong=option, found=text, mend=f"two numbers with '{separator}' between them") from None
+
+
+def _say(shards: ShardSet) -> None:
+    manifest = shards.manifest()
+    held = f"{len(manifest.receipts)} shards, {manifest.num_records} records, {human_bytes(manifest.num_bytes)}"
+    click.echo(f"{shards.path}: {held}")

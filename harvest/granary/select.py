@@ -1,0 +1,157 @@
+"""Parts of sets: other containers, unions, choices.
+
+    convert(source, out_dir, "tar")                      the same records in another container
+    merge([a, b], out_dir)                               one set of several with one contract; each key once
+    subset(source, out_dir, Choice(prompts=("*cat*",)))  records by prompt, size, held-out; points by noise level
+
+Each goes on where it was stopped: what the target holds already is not done again.
+"""
+
+import dataclasses
+import fnmatch
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.files import write_folder
+from common.manifest import Receipt
+from common.record import Array, Contract
+from common.shard_header import PackedShard, record_of
+from common.shard_reader import check_records
+from common.shards import ASSETS, ShardSet, is_held_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which records and points of a set; everything by default."""
+
+    prompts: tuple[str, ...] = ()
+    """Shell patterns; one of them must match."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    sigmas: tuple[float, float] | None = None
+    """Points with low <= sigma < high; a record without any is left out."""
+    held_out: bool | None = None
+    """Only the held-out ones, or only the others."""
+
+    def wants(self, prompt: str, size: tuple[int, int]) -> bool:
+        return (
+            (not self.prompts or any(fnmatch.fnmatchcase(prompt, pattern) for pattern in self.prompts))
+            and (not self.sizes or size in self.sizes)
+            and (self.held_out is None or is_held_out(prompt) == self.held_out)
+        )
+
+    def contract(self, contract: Contract) -> Contract:
+        """Fewer noise levels are another meaning; fewer records are not."""
+        if self.sigmas is None:
+            return contract
+        low, high = self.sigmas
+        return dataclasses.replace(contract, source=f"{contract.source}, sigma {low:g}..{high:g}")
+
+
+def convert(source: ShardSet, out_dir: Path, container: str) -> ShardSet:
+    out = _target(out_dir, source, source.contract)
+    for receipt in _missing(source, out):
+        out.commit_packed(_checked(source, receipt), container)
+    return out
+
+
+def merge(sources: Sequence[ShardSet], out_dir: Path) -> ShardSet:
+    """In the order given: a record that an earlier set holds is not taken from a later one."""
+    out = _target(out_dir, sources[0], sources[0].contract)
+    held = {key for receipt in out.manifest().receipts for key in out.read(receipt).header.keys}
+    for source in sources:
+        source.require(out.contract)
+        for receipt in _missing(source, out):
+            shard = _checked(source, receipt)
+            new = np.array([key not in held for key in shard.header.keys])
+            if new.any():
+                out.commit_packed(take(shard, np.flatnonzero(new), out.contract), receipt.container)
+                held |= set(shard.header.keys)
+    return out
+
+
+def subset(source: ShardSet, out_dir: Path, choice: Choice) -> ShardSet:
+    out = _target(out_dir, source, choice.contract(source.contract))
+    for receipt in source.manifest().receipts:
+        header = source.read(receipt).header
+        size = (header.height, header.width)
+        wanted = [i for i, prompt in enumerate(header.prompt_of) if choice.wants(header.prompts[prompt], size)]
+        if not wanted:
+            continue
+        shard = _checked(source, receipt)
+        for rows, points in _by_points(shard, np.array(wanted), choice):
+            out.commit_packed(take(shard, rows, out.contract, points=points), receipt.container)
+    return out
+
+
+def take(shard: PackedShard, rows: Array, contract: Contract, *, points: Array | None = None) -> PackedShard:
+    """Some records of a shard, of each the `points` [len(rows), K'] if given; the stored bytes unchanged."""
+    header = shard.header
+    if points is None:
+        points = np.tile(np.arange(header.timesteps.shape[1]), (len(rows), 1))
+    used = list(dict.fromkeys(header.prompt_of[row] for row in rows))
+    cut = PackedShard(
+        header=dataclasses.replace(
+            header,
+            contract=contract.digest(),
+            keys=tuple(header.keys[row] for row in rows),
+            digests=(),
+            seeds=tuple(header.seeds[row] for row in rows),
+            prompts=tuple(header.prompts[prompt] for prompt in used),
+            prompt_of=tuple(used.index(header.prompt_of[row]) for row in rows),
+            text_lengths=tuple(header.text_lengths[prompt] for prompt in used),
+            timesteps=np.take_along_axis(header.timesteps[rows], points, axis=1),
+            sigmas=np.take_along_axis(header.sigmas[rows], points, axis=1),
+            expert=np.take_along_axis(header.expert[rows], points, axis=1),
+        ),
+        points=np.stack([shard.points[row][chosen] for row, chosen in zip(rows, points, strict=True)]),
+        final=shard.final[rows],
+        text=np.concatenate([shard.text[header.text_rows(prompt)] for prompt in used]),
+    )
+    digests = tuple(record_of(cut, index, contract).digest() for index in range(len(rows)))
+    return dataclasses.replace(cut, header=dataclasses.replace(cut.header, digests=digests))
+
+
+def _by_points(shard: PackedShard, rows: Array, choice: Choice) -> list[tuple[Array, Array]]:
+    """Rows grouped by how many of their points are wanted: a shard has one K."""
+    if choice.sigmas is None:
+        return [(rows, np.tile(np.arange(shard.header.sigmas.shape[1]), (len(rows), 1)))]
+    low, high = choice.sigmas
+    chosen = {
+        int(row): np.flatnonzero((shard.header.sigmas[row] >= low) & (shard.header.sigmas[row] < high)) for row in rows
+    }
+    counts = sorted({len(points) for points in chosen.values()} - {0})
+    return [
+        (np.array(group), np.stack([chosen[row] for row in group]))
+        for count in counts
+        if (group := [row for row, points in chosen.items() if len(points) == count])
+    ]
+
+
+def _target(out_dir: Path, source: ShardSet, contract: Contract) -> ShardSet:
+    """The set to fill, with the source's assets."""
+    out = ShardSet.create(out_dir, contract)
+    assets = source.path / ASSETS
+    for folder in sorted(path for path in assets.iterdir() if path.is_dir()) if assets.is_dir() else []:
+        if not (out.path / ASSETS / folder.name).exists():
+            files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            write_folder(out.path / ASSETS / folder.name, files)
+    for path in sorted(path for path in assets.glob("*") if path.is_file()):
+        if not (out.path / ASSETS / path.name).exists():
+            shutil.copyfile(path, out.path / ASSETS / path.name)
+    return out
+
+
+def _missing(source: ShardSet, out: ShardSet) -> list[Receipt]:
+    there = out.manifest().by_item
+    return [receipt for receipt in source.manifest().receipts if receipt.item not in there]
+
+
+def _checked(source: ShardSet, receipt: Receipt) -> PackedShard:
+    """A whole shard in memory, every record compared with its digest: damage is never copied."""
+    reader = source.read(receipt)
+    check_records(reader)
+    return reader.packed()
