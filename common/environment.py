@@ -2,14 +2,12 @@
 
 import os
 
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The new name and the old one: which is read depends on the release of torch."""
+
 
 def prepare_environment() -> None:
-    """Expandable segments keep a long run's memory from breaking into pieces; torch reads either name."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & (os.environ.keys() - _OURS):
-            os.environ[name] = "expandable_segments:True"
-            _OURS.add(name)
+    """Expandable segments keep a long run's memory from breaking into pieces."""
+    if not any(name in os.environ for name in ALLOCATOR_NAMES):
+        os.environ |= dict.fromkeys(ALLOCATOR_NAMES, "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-_OURS: set[str] = set()

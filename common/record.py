@@ -64,7 +64,7 @@ class Record:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             array = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else np.asarray(value)
-            array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             running.update(f"{field.name}|{array.dtype.str}|{'x'.join(map(str, array.shape))}|".encode())
             running.update(array.tobytes())
         return running.hexdigest()

@@ -45,7 +45,8 @@ def verify(shards: ShardSet) -> Iterator[Damage]:
         try:
             receipts.append(Receipt.read(path))
         except Corrupt as fault:
-            yield Damage(item=path.stem, kind="altered", file=path.name, pieces=("the receipt",), found=fault.found)
+            name = Path(path).name
+            yield Damage(item=name[:16], kind="altered", file=name, pieces=("the receipt",), found=fault.found)
     with ThreadPoolExecutor(THREADS) as pool:
         for damages in pool.map(lambda receipt: list(examine(shards, receipt)), receipts):
             yield from damages

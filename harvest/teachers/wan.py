@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Refused
-from common.log import Log
+from common.log import Log, gpu_label
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
 from harvest.config import TeacherConfig
@@ -132,7 +132,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
 def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
     """The whole teacher in memory: text encoder, then the experts, one at a time."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
-    log.say(f"teacher {resolved.folder} on {device} in {str(dtype).removeprefix('torch.')}: {resolved.summary()}")
+    log.say(f"teacher {resolved.folder} on {device_name(device)} in {str(dtype)[6:]}: {resolved.summary()}")
     models = {}
     for name in ("text_encoder", *(expert for expert in EXPERTS if expert in resolved.components)):
         watch.moved(loading=name)
@@ -162,6 +162,14 @@ def choose_device(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    """For people: an index alone means nothing under CUDA_VISIBLE_DEVICES."""
+    if not device.startswith("cuda"):
+        return device
+    index = torch.device(device).index or 0
+    return gpu_label(index=index, uuid=str(torch.cuda.get_device_properties(index).uuid), rank=0)
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:

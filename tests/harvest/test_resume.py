@@ -83,6 +83,23 @@ def test_another_meaning_is_refused_with_the_field(tmp_path: Path, micro_wan: Pa
     assert "Traceback" not in done.stderr and tree(micro_set) == before
 
 
+def test_other_numerics_are_said_and_refused_only_with_strict(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:
+    import shutil
+
+    from common.errors import Refused
+    from harvest.loop import harvest
+
+    shutil.copytree(micro_set, tmp_path / "set")
+    before = tree(tmp_path / "set")
+    config = harvest_config(tmp_path / "set", micro_wan, micro_batch=2)
+    with pytest.raises(Refused, match=r"micro_batch: 2 \| 3"):
+        harvest(config, strict=True)
+    harvest(config)
+    logs = [path.read_text() for path in (tmp_path / "set" / RUNS).glob("*/log.txt")]
+    assert any("other numerics (this run | those): micro_batch: 2 | 3" in log for log in logs)
+    assert tree(tmp_path / "set") == before
+
+
 def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Path) -> None:
     import shutil
 

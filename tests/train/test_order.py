@@ -17,8 +17,9 @@ def receipt(
 ) -> Receipt:
     bits = np.zeros(records, bool)
     bits[list(held_out)] = True
-    return Receipt(item=f"{number:016x}", container="zarr", shard=f"{number:016x}-0.zarr", num_records=records,
-                   num_points=points, height=side, width=side, num_tokens=1, digest="d", files={}, numerics=NUMERICS,
+    return Receipt(item=f"{number:016x}", container="zarr", stem=f"{number:016x}-00000000", contract="c",
+                   num_records=records, num_points=points, height=side, width=side, num_tokens=1, guided_error=0.0,
+                   guided_std=1.0, digest="d", files={}, numerics=NUMERICS,
                    held_out=base64.b64encode(np.packbits(bits).tobytes()).decode())  # fmt: skip
 
 
@@ -80,6 +81,22 @@ def test_the_cursor_resumes_exactly(stop_after: int) -> None:
         first.next_batch(8)
     second = Order(1, fixed(*receipts), first.cursor)
     assert [second.next_batch(8) for _ in range(20 - stop_after)] == ids[stop_after:]
+
+
+def test_ranks_may_change_in_the_middle_of_an_epoch() -> None:
+    receipts = [receipt(n) for n in range(3)] + [receipt(9, side=128)]
+    straight = Order(2, fixed(*receipts))
+    expected = [sample.id for _ in range(12) for sample in straight.next_batch(12).samples]
+    seen: list[str] = []
+    cursor = None
+    for world, batches in ((4, 3), (3, 4), (1, 2), (2, 3)):
+        orders = [Order(2, fixed(*receipts), cursor) for _ in range(world)]
+        for _ in range(batches):
+            parts = [order.next_batch(12).for_rank(rank, world) for rank, order in enumerate(orders)]
+            seen += [parts[i % world][i // world].id for i in range(12)]
+        assert len({str(order.cursor) for order in orders}) == 1
+        cursor = orders[0].cursor
+    assert seen == expected
 
 
 def test_held_out_records_never_come() -> None:
