@@ -13,7 +13,7 @@ import numpy as np
 
 from common.files import write_atomic, write_folder
 from common.shards import ASSETS, ShardSet
-from harvest.loading import Resolved
+from harvest.folder import Resolved
 from harvest.teacher import Teacher
 
 COPY_BYTES = 1 << 22
@@ -24,7 +24,7 @@ def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None
     folder = shards.path / ASSETS
     if not (folder / "vae").exists():
         vae = resolved.components["vae"]
-        paths = [resolved.folder / "vae" / "config.json", *vae.weight_files]
+        paths = [resolved.folder / "vae" / "config.json", *vae.files]
         write_folder(folder / "vae", {path.name: _pieces(path) for path in paths})
     if not (folder / "negative.npy").exists():
         rows = teacher.encode([shards.contract.negative_prompt])[0].numpy().astype(shards.contract.storage_dtype)

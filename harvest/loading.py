@@ -1,122 +1,181 @@
-"""A diffusers folder into memory, and the certainty that all of it came.
+"""A component's weights into memory, once, and the certainty that all of them came.
 
-    resolved = resolve(folder, "auto")        which components, which files: from model_index.json alone
-    model = load_model(resolved, "transformer", dtype, device)
-    fingerprint([model, ...])                 by content: fp32, sharded and prepared folders of one model agree
+    model = load_model(component, torch.bfloat16, moved=watch.moved)
 
-Loaders trust too much: a missing weight is a warning and a tensor on the meta device, an encoder without its
-embeddings gets random ones. Here both are refused.
+    build on the meta device (one at a time) -> for each tensor its stored piece and its dtype by policy
+        same dtype: read straight into place;  another: through a small staging buffer a thread, cast into place
+    -> assign, tie -> refuse what is missing, extra, of another shape, on meta or not finite
+
+Loaders trust too much: a missing weight is a warning and a tensor on the meta device, an encoder without its embeddings
+gets random ones. Threads move bytes and cast; modules are never built in threads (accelerate's context is global).
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import importlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common.errors import BadUsage, Refused
-from common.log import human_bytes
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
+from common.errors import Corrupt, Refused
+from common.tensor_file import StoredTensor, read_header
+from harvest.folder import Component
 
-MODEL_INDEX = "model_index.json"
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
-    name: str
-    library: str
-    class_name: str
-    config: dict[str, Any]
-    variant: str | None
-    """Which weight files are read; None: the plain ones."""
-    weight_files: tuple[Path, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.weight_files)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What a folder holds, before a weight is read."""
-
-    folder: Path
-    pipeline: str
-    scalars: dict[str, Any]
-    """Facts that stand in model_index.json beside the components."""
-    components: dict[str, Component]
-
-    def summary(self) -> str:
-        parts = (
-            f"{part.name} {human_bytes(part.num_bytes)}{f' ({part.variant} files)' if part.variant else ''}"
-            for part in self.components.values()
-            if part.weight_files
-        )
-        return ", ".join(parts)
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+STAGING_BYTES = 8 << 20
+THREADS = 4
+_BUILDING = threading.Lock()
+Moved = Callable[..., None]
 
 
-def resolve(folder: Path, variant: str) -> Resolved:
-    """Which components a folder has and which files would be read; nothing is mixed silently."""
-    index = _read_json(folder / MODEL_INDEX)
-    scalars: dict[str, Any] = {}
-    components = {}
-    for name, value in index.items():
-        if name.startswith("_"):
-            continue
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
-            components[name] = _component(folder, name, value[0], value[1], variant)
-        elif not isinstance(value, list):
-            scalars[name] = value
-    return Resolved(folder=folder, pipeline=index["_class_name"], scalars=scalars, components=components)
+def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None) -> Any:
+    """The network of a component on the CPU, in eval mode, bitwise as its own library would load it."""
+    model = build(part)
+    sources = _sources(part, model, stored_tensors(part.files))
+    filled = fill(sources, lambda name: policy_dtype(part, model, name, dtype), part.name, moved)
+    model.load_state_dict(filled, strict=False, assign=True)
+    model.tie_weights() if hasattr(model, "tie_weights") else None
+    _require_whole(part, model)
+    return model.eval().requires_grad_(False)
 
 
-def load_model(resolved: Resolved, name: str, dtype: "torch.dtype", device: str) -> Any:
-    """A component's network, every tensor of it, in eval mode."""
-    import importlib
-
-    part = resolved.components[name]
+def build(part: Component) -> Any:
+    """The module with its parameters on the meta device; buffers are real."""
     library = importlib.import_module(part.library)
-    importlib.import_module(f"{part.library}.utils.logging").disable_progress_bar()  # ours says more
     model_class = getattr(library, part.class_name)
-    dtype_word = "dtype" if part.library == "transformers" else "torch_dtype"
+    from accelerate import init_empty_weights
+
+    with _BUILDING, init_empty_weights():
+        if part.library == "transformers":
+            return model_class(model_class.config_class.from_pretrained(str(part.folder), local_files_only=True))
+        return model_class.from_config({key: value for key, value in part.config.items() if key != "_name_or_path"})
+
+
+def policy_dtype(part: Component, model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is computed in: modules that a model keeps in float32 stay so. diffusers keeps them under both
+    half types; transformers under float16 alone, and a second list under both."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if part.library != "transformers" or dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if kept & set(name.split(".")) else dtype
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    return {name: tensor for path in files for name, tensor in read_header(path).items()}
+
+
+def fill(
+    sources: Mapping[str, StoredTensor], dtype_of: Callable[[str], torch.dtype], part: str, moved: Moved
+) -> dict[str, Tensor]:
+    """Every tensor in its dtype, read and cast by several threads."""
+    total, done, lock = sum(stored.num_bytes for stored in sources.values()), 0, threading.Lock()
+
+    def one(name: str) -> tuple[str, Tensor]:
+        nonlocal done
+        tensor = read_tensor(sources[name], dtype_of(name))
+        with lock:
+            done += sources[name].num_bytes
+            moved(loading=part, file=sources[name].path.name, bytes_read=done, bytes_total=total)
+        return name, tensor
+
+    # By file and offset: the disk sees one sweep.
+    order = sorted(sources, key=lambda name: (str(sources[name].path), sources[name].offset))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(pool.map(one, order))
+
+
+def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """One tensor: straight into place, or through a staging buffer that is cast piece by piece."""
+    source_dtype = TORCH_DTYPES[stored.dtype]
+    target = source_dtype if not source_dtype.is_floating_point else dtype
+    tensor = torch.empty(stored.shape, dtype=target)
+    flat = tensor.view(-1)
+    fd = os.open(stored.path, os.O_RDONLY)
     try:
-        model, report = model_class.from_pretrained(
-            str(resolved.folder / name),
-            variant=part.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{dtype_word: dtype},
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        if source_dtype == target:
+            _read_into(fd, stored, 0, flat.view(torch.uint8).numpy().data)
+            return tensor
+        step = STAGING_BYTES // source_dtype.itemsize
+        staging = torch.empty(min(step, flat.numel()), dtype=source_dtype)
+        for start in range(0, flat.numel(), step):
+            piece = staging[: min(step, flat.numel() - start)]
+            _read_into(fd, stored, start * source_dtype.itemsize, piece.view(torch.uint8).numpy().data)
+            flat[start : start + len(piece)].copy_(piece)
+        return tensor
+    finally:
+        os.close(fd)
+
+
+def _read_into(fd: int, stored: StoredTensor, skip: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], stored.offset + skip + done)
+        if got == 0:
+            raise Corrupt(wrong=f"{stored.path} ends within {stored.name}", found=f"{done} of {len(view)} bytes",
+                          mend=f"fetch {stored.path.name} again")  # fmt: skip
+        done += got
+
+
+def _sources(part: Component, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Each tensor's stored piece, by its own name or that of the tensor it is tied to."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = dict(getattr(model, "_tied_weights_keys", None) or {})
+    twins = tied | {target: name for name, target in tied.items()}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    odd = {
+        "missing": [name for name in wanted if name not in stored and twins.get(name) not in stored],
+        "unknown": [name for name in stored if name not in wanted and not any(rule.search(name) for rule in ignored)],
+        "of another shape": [name for name, shape in wanted.items() if name in stored and stored[name].shape != shape],
+    }
+    if any(odd.values()):
+        files = ", ".join(sorted({path.name for path in part.files})[:3])
         raise Refused(
-            wrong=f"{name} cannot be loaded", found=str(error).splitlines()[0], mend=f"check {resolved.folder / name}"
-        ) from error
-    _require_whole(name, model, report)
-    return model.to(device).eval().requires_grad_(False)
+            wrong=f"{part.name} and its files do not fit: {part.folder}",
+            found="; ".join(f"{len(names)} {what}: {', '.join(names[:2])}" for what, names in odd.items() if names),
+            mend=f"fetch {files} and config.json of {part.name} again",
+        )
+    # Of tied tensors only the one that the others are tied to is read; `tie_weights` gives it to the rest.
+    return {name: stored[name if name in stored else twins[name]] for name in wanted if name not in tied}
 
 
-def load_tokenizer(resolved: Resolved) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(resolved.folder / "tokenizer"), local_files_only=True)
+def _require_whole(part: Component, model: Any) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise Refused(wrong=f"{part.name} did not load whole", found=f"no data for {key}", mend="fetch it again")
+        # The sum tells at once; where it overflows by itself each value is looked at.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise Corrupt(wrong=f"{part.name} holds NaN or Inf", found=key, mend=f"fetch {part.folder} again")
 
 
 def fingerprint(models: Iterable[Any]) -> str:
-    """sha256 over `model/name dtype shape sha256(bytes)` of all tensors, sorted by name."""
-    import torch
+    """sha256 over `model/name dtype shape sha256(bytes)` of all tensors, sorted by name: folders that load to the
+    same tensors agree, whatever their files. Tensors are hashed by several threads."""
+    named = [(number, *entry) for number, model in enumerate(models) for entry in model.state_dict().items()]
 
-    lines = []
-    for number, model in enumerate(models):
-        for name, tensor in model.state_dict().items():
-            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(data).hexdigest()
-            lines.append(f"{number}/{name} {tensor.dtype} {'x'.join(map(str, tensor.shape))} {digest}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    def line(entry: tuple[int, str, Tensor]) -> str:
+        number, name, tensor = entry
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        digest = hashlib.sha256(data).hexdigest()
+        return f"{number}/{name} {tensor.dtype} {'x'.join(map(str, tensor.shape))} {digest}"
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return hashlib.sha256("\n".join(sorted(pool.map(line, named))).encode()).hexdigest()
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
@@ -127,76 +186,7 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     return running.hexdigest()
 
 
-def _component(folder: Path, name: str, library: str, class_name: str, variant: str) -> Component:
-    part_dir = folder / name
-    if not part_dir.is_dir():
-        raise BadUsage(wrong=f"{folder} lacks '{name}'", found=f"{MODEL_INDEX} names it", mend="copy the whole folder")
-    config_path = part_dir / "config.json"
-    config = _read_json(config_path) if config_path.exists() else {}
-    if not config_path.exists():  # a tokenizer or a scheduler: no weights
-        return Component(
-            name=name, library=library, class_name=class_name, config=config, variant=None, weight_files=()
-        )
-    halves = _weight_files(part_dir, "fp16")
-    plain = _weight_files(part_dir, None)
-    use_half = bool(halves) and (variant == "fp16" or (variant == "auto"))
-    files = halves if use_half else plain
-    if not files or (variant == "fp16" and not use_half):
-        there = sorted(path.name for path in part_dir.iterdir())
-        raise BadUsage(
-            wrong=f"{part_dir} has no {'fp16 ' if variant == 'fp16' else ''}safetensors weights",
-            found=", ".join(there[:8]),
-            mend="set teacher.variant: auto, or fetch the safetensors files (pickled .bin and .pth are never opened)",
-        )
-    return Component(
-        name=name,
-        library=library,
-        class_name=class_name,
-        config=config,
-        variant="fp16" if use_half else None,
-        weight_files=files,
-    )
+def load_tokenizer(part: Component) -> Any:
+    from transformers import AutoTokenizer
 
-
-def _weight_files(part_dir: Path, variant: str | None) -> tuple[Path, ...]:
-    """The single file, or all files that the index names; a named one that is missing is an error."""
-    dot = f".{variant}" if variant else ""
-    for stem in WEIGHT_STEMS:
-        single = part_dir / f"{stem}{dot}.safetensors"
-        if single.exists():
-            return (single,)
-        for index in (
-            part_dir / f"{stem}.safetensors.index{dot}.json",
-            part_dir / f"{stem}{dot}.safetensors.index.json",
-        ):
-            if index.exists():
-                files = tuple(part_dir / name for name in sorted(set(_read_json(index)["weight_map"].values())))
-                missing = [path.name for path in files if not path.exists()]
-                if missing:
-                    raise BadUsage(wrong=f"{index} names files that are missing", found=missing[0], mend="copy them")
-                return files
-    return ()
-
-
-def _require_whole(name: str, model: Any, report: Any) -> None:
-    missing = list(report["missing_keys"])
-    meta = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
-    mismatched = list(report["mismatched_keys"])
-    if missing or meta or mismatched:
-        raise Refused(
-            wrong=f"{name} did not load whole",
-            found=f"missing {missing[:3]}, without data {meta[:3]}, of another shape {mismatched[:3]}",
-            mend="fetch the component again: its files do not fit its config",
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
-        return values
-    except OSError as error:
-        raise BadUsage(
-            wrong="the teacher's folder cannot be read", found=f"{path}: {error.strerror}", mend="set teacher.folder"
-        ) from None
-    except ValueError as error:
-        raise BadUsage(wrong=f"{path} is not JSON", found=str(error), mend="copy the file again") from None
+    return AutoTokenizer.from_pretrained(str(part.folder), local_files_only=True)

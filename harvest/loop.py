@@ -22,7 +22,7 @@ from common.shards import QUARANTINE, RUNS, ShardSet
 from common.stop import StopRequest
 from common.watch import Watch
 from harvest.config import HarvestConfig
-from harvest.loading import resolve
+from harvest.folder import resolve
 from harvest.plan import WorkItem, make_plan
 from harvest.teacher import Fingerprints, Teacher, TeacherFacts, facts_of, load_teacher
 

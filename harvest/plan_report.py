@@ -7,7 +7,7 @@ from pathlib import Path
 from common.log import human_bytes
 from common.schedule import euler_grid, expert_of
 from harvest.config import HarvestConfig
-from harvest.loading import resolve
+from harvest.folder import resolve
 from harvest.loop import check_size, record_bytes
 from harvest.plan import make_plan
 from harvest.teacher import facts_of

@@ -17,7 +17,7 @@ from common.errors import Refused
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.loading import Resolved
+from harvest.folder import Resolved
 
 if TYPE_CHECKING:
     from torch import Tensor

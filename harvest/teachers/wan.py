@@ -15,7 +15,8 @@ from common.log import Log, gpu_label
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.loading import Resolved, fingerprint, fingerprint_files, load_model, load_tokenizer
+from harvest.folder import Resolved, read_json
+from harvest.loading import fingerprint, fingerprint_files, load_model, load_tokenizer
 from harvest.teacher import Fingerprints, TeacherFacts
 
 EXPERTS = ("transformer", "transformer_2")
@@ -108,10 +109,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
             mend="use Wan 2.1 or 2.2 T2V A14B",
         )
     boundary = resolved.scalars.get("boundary_ratio") if EXPERTS[1] in resolved.components else None
-    scheduler = resolved.folder / "scheduler" / "scheduler_config.json"
-    import json
-
-    settings = json.loads(scheduler.read_bytes())
+    settings = read_json(resolved.components["scheduler"].folder / "scheduler_config.json")
     return TeacherFacts(
         teacher=resolved.components["transformer"].class_name,
         text_length=TEXT_LENGTH,
@@ -136,7 +134,7 @@ def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> W
     models = {}
     for name in ("text_encoder", *(expert for expert in EXPERTS if expert in resolved.components)):
         watch.moved(loading=name)
-        models[name] = load_model(resolved, name, dtype, device)
+        models[name] = load_model(resolved.components[name], dtype, moved=watch.moved).to(device)
     experts = [models[name] for name in EXPERTS if name in models]
     encoder = models["text_encoder"]
     _require_embeddings(encoder)
@@ -148,7 +146,7 @@ def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> W
     )
     return WanTeacher(
         facts=facts_of(resolved),
-        tokenizer=load_tokenizer(resolved),
+        tokenizer=load_tokenizer(resolved.components["tokenizer"]),
         text_encoder=encoder,
         experts=experts,
         device=device,
