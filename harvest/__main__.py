@@ -16,6 +16,7 @@ main = LazyGroup(
     help="Ask a diffusion teacher once; write what it said to a shard set.",
     commands={
         "plan": Command("harvest.commands:plan", "What a run would do: records, shards, forwards, bytes."),
+        "prepare": Command("harvest.commands:prepare", "Convert the teacher's weights once, so that it loads fast."),
         "run": Command("harvest.commands:run", "Harvest. The same command again goes on where it stopped."),
         "status": Command("harvest.commands:status", "What a set holds and who works on it, from the set alone."),
         "verify": Command("harvest.granary.commands:verify", "Every byte of a set against its checksums."),

@@ -18,6 +18,8 @@ class TeacherConfig(Section):
     """Which weight files are read; auto: the fp16 ones of a component that has them."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What is computed in; modules that a model keeps in float32 stay so."""
+    prepared: Path | None = None
+    """Where the weights are kept converted (`python -m harvest prepare`); made there if need be, used when fresh."""
     device: str = "auto"
     threads: PositiveInt | None = None
     """Of the CPU; None: as torch has it."""

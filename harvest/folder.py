@@ -31,10 +31,16 @@ class Component:
     variant: str | None
     """Which weight files are read; None: the plain ones."""
     files: tuple[Path, ...]
+    prepared: bool = False
+    """The files are ours, in the dtypes that are computed in: mapped, not read."""
 
     @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def kind(self) -> str:
+        return "prepared" if self.prepared else self.variant or "plain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,7 @@ class Resolved:
 
     def summary(self) -> str:
         parts = (
-            f"{part.name} {human_bytes(part.num_bytes)} ({f'{part.variant} files' if part.variant else 'plain files'})"
+            f"{part.name} {human_bytes(part.num_bytes)} ({part.kind} files)"
             for part in self.components.values()
             if part.files
         )

@@ -3,7 +3,8 @@
     model = load_model(component, torch.bfloat16, moved=watch.moved)
 
     build on the meta device (one at a time) -> for each tensor its stored piece and its dtype by policy
-        same dtype: read straight into place;  another: through a small staging buffer a thread, cast into place
+        same dtype: read straight into place;  another: through a small staging buffer a thread, cast into place;
+        prepared files (harvest/prepare.py): mapped
     -> assign, tie -> refuse what is missing, extra, of another shape, on meta or not finite
 
 Loaders trust too much: a missing weight is a warning and a tensor on the meta device, an encoder without its embeddings
@@ -47,8 +48,12 @@ Moved = Callable[..., None]
 def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None) -> Any:
     """The network of a component on the CPU, in eval mode, bitwise as its own library would load it."""
     model = build(part)
-    sources = _sources(part, model, stored_tensors(part.files))
-    filled = fill(sources, lambda name: policy_dtype(part, model, name, dtype), part.name, moved)
+    sources = sources_of(part, model)
+    if part.prepared:
+        filled = mapped_tensors(sources)
+        _require_policy(part, model, filled, dtype)
+    else:
+        filled = fill(sources, lambda name: policy_dtype(part, model, name, dtype), part.name, moved)
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights() if hasattr(model, "tie_weights") else None
     _require_whole(part, model)
@@ -74,10 +79,6 @@ def policy_dtype(part: Component, model: Any, name: str, dtype: torch.dtype) -> 
     if part.library != "transformers" or dtype == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return torch.float32 if kept & set(name.split(".")) else dtype
-
-
-def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    return {name: tensor for path in files for name, tensor in read_header(path).items()}
 
 
 def fill(
@@ -122,6 +123,28 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
         os.close(fd)
 
 
+def mapped_tensors(sources: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Tensors over the files' own pages, which every process that maps them shares; nobody writes to them."""
+    paths = {stored.path for stored in sources.values()}
+    maps = {path: torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8) for path in paths}
+
+    def piece(stored: StoredTensor) -> Tensor:
+        data = maps[stored.path][stored.offset : stored.offset + stored.num_bytes]
+        return data.view(TORCH_DTYPES[stored.dtype]).view(stored.shape)
+
+    return {name: piece(stored) for name, stored in sources.items()}
+
+
+def _require_policy(part: Component, model: Any, filled: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    odd = [name for name, tensor in filled.items() if tensor.dtype != policy_dtype(part, model, name, dtype)]
+    if odd:
+        raise Refused(
+            wrong=f"{part.name} was prepared for another dtype",
+            found=f"{odd[0]} in {filled[odd[0]].dtype}, wanted {dtype}",
+            mend="run `python -m harvest prepare` for this dtype",
+        )
+
+
 def _read_into(fd: int, stored: StoredTensor, skip: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
@@ -132,8 +155,9 @@ def _read_into(fd: int, stored: StoredTensor, skip: int, view: memoryview) -> No
         done += got
 
 
-def _sources(part: Component, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def sources_of(part: Component, model: Any) -> dict[str, StoredTensor]:
     """Each tensor's stored piece, by its own name or that of the tensor it is tied to."""
+    stored = {name: tensor for path in part.files for name, tensor in read_header(path).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
     twins = tied | {target: name for name, target in tied.items()}

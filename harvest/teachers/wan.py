@@ -17,6 +17,7 @@ from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.folder import Resolved, read_json
 from harvest.loading import fingerprint, fingerprint_files, load_model, load_tokenizer
+from harvest.prepare import from_prepared, prepare
 from harvest.teacher import Fingerprints, TeacherFacts
 
 EXPERTS = ("transformer", "transformer_2")
@@ -130,6 +131,9 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
 def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
     """The whole teacher in memory: text encoder, then the experts, one at a time."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
+    if config.prepared is not None:
+        watch.moved(preparing=str(config.prepared))
+        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log))
     log.say(f"teacher {resolved.folder} on {device_name(device)} in {str(dtype)[6:]}: {resolved.summary()}")
     models = {}
     for name in ("text_encoder", *(expert for expert in EXPERTS if expert in resolved.components)):

@@ -1,0 +1,150 @@
+"""Weights converted once: a folder that later loads as fast as the disk reads.
+
+    prepare(resolved, out_dir, torch.bfloat16, log)      float32 -> mixed bfloat16/float32, tensor by tensor
+    resolved = from_prepared(resolved, out_dir)          the same teacher, its weights taken from there
+
+    out_dir/<component>/model.safetensors     in the dtypes that the component computes in
+    out_dir/prepared.json                     policy, source files with size and time, sha256 of each file: written last
+
+Small staging buffers and several threads for bytes and casts; never a second copy of the weights in memory. A prepared
+component is then mapped and assigned, not read: several workers of a node share its pages.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import Partial
+from common.files import sweep, write_atomic
+from common.log import Log, human_bytes
+from common.tensor_file import ITEM_BYTES, StoredTensor
+from harvest.folder import Component, Resolved
+from harvest.loading import THREADS, TORCH_DTYPES, build, policy_dtype, read_tensor, sources_of
+
+MANIFEST_NAME, WEIGHTS_NAME = "prepared.json", "model.safetensors"
+POLICY_VERSION = 1
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> Path:
+    """Convert every component that has weights; what is prepared and fresh is left alone."""
+    todo = [part for part in resolved.components.values() if part.files]
+    if is_fresh(resolved, out_dir, dtype):
+        log.say(f"{out_dir} is prepared already")
+        return out_dir
+    sizes = {part.name: _prepared_bytes(part, dtype) for part in todo}
+    _require_room(out_dir, sum(sizes.values()))
+    log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
+    digests = {}
+    for part in todo:
+        path = out_dir / part.name / WEIGHTS_NAME
+        running = hashlib.sha256()
+        write_atomic(path, _hashed(_stream(part, dtype), running))
+        sweep(path.parent, older_than_s=3600.0)
+        digests[part.name] = {"sha256": running.hexdigest(), "bytes": path.stat().st_size}
+        log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
+    manifest = {**_key(resolved, dtype), "components": digests}
+    write_atomic(out_dir / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
+    return out_dir
+
+
+def from_prepared(resolved: Resolved, out_dir: Path) -> Resolved:
+    """The same teacher with its weights taken from what was prepared of it."""
+    parts = {
+        name: replace(part, files=(out_dir / name / WEIGHTS_NAME,), prepared=True) if part.files else part
+        for name, part in resolved.components.items()
+    }
+    return replace(resolved, components=parts)
+
+
+def is_fresh(resolved: Resolved, out_dir: Path, dtype: torch.dtype) -> bool:
+    """Made by this policy from these very files, and whole."""
+    try:
+        manifest = json.loads((out_dir / MANIFEST_NAME).read_bytes())
+        sizes = {name: entry["bytes"] for name, entry in manifest.pop("components").items()}
+        there = {name: (out_dir / name / WEIGHTS_NAME).stat().st_size for name in sizes}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(manifest == _key(resolved, dtype) and sizes == there)
+
+
+def _key(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
+    """What a prepared folder depends on."""
+    files = {
+        f"{part.name}/{path.name}": [path.stat().st_size, path.stat().st_mtime_ns]
+        for part in resolved.components.values()
+        for path in part.files
+    }
+    configs = {part.name: part.config for part in resolved.components.values() if part.files}
+    text = json.dumps(configs, sort_keys=True)
+    return {
+        "policy": POLICY_VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        "configs": hashlib.sha256(text.encode()).hexdigest(),
+        "sources": dict(sorted(files.items())),
+    }
+
+
+def _targets(part: Component, dtype: torch.dtype) -> dict[str, tuple[StoredTensor, torch.dtype]]:
+    model = build(part)
+    return {name: (stored, policy_dtype(part, model, name, dtype)) for name, stored in sources_of(part, model).items()}
+
+
+def _prepared_bytes(part: Component, dtype: torch.dtype) -> int:
+    return sum(math.prod(stored.shape) * target.itemsize for stored, target in _targets(part, dtype).values())
+
+
+def _stream(part: Component, dtype: torch.dtype) -> Iterator[memoryview | bytes]:
+    """The prepared file's bytes, a few tensors ahead of the disk."""
+    targets = _targets(part, dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (stored, target) in targets.items():
+        size = math.prod(stored.shape) * ITEM_BYTES[_NAMES[target]]
+        header[name] = {"dtype": _NAMES[target], "shape": list(stored.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that every tensor of a mapped file is aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in _ahead([partial(read_tensor, stored, target) for stored, target in targets.values()]):
+        yield tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _ahead(reads: list[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """In order, THREADS of them under way."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = [pool.submit(read) for read in reads[:THREADS]]
+        for number in range(len(reads)):
+            tensor = waiting.pop(0).result()
+            if number + THREADS < len(reads):
+                waiting.append(pool.submit(reads[number + THREADS]))
+            yield tensor
+
+
+def _hashed(pieces: Iterator[memoryview | bytes], running: Any) -> Iterator[memoryview | bytes]:
+    for piece in pieces:
+        running.update(piece)
+        yield piece
+
+
+def _require_room(out_dir: Path, num_bytes: int) -> None:
+    place = out_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if num_bytes > free * 0.99:
+        raise Partial(
+            wrong="the prepared weights do not fit on the disk",
+            found=f"{human_bytes(num_bytes)} to write, {human_bytes(free)} free in {place}",
+            mend="give another folder, or run without teacher.prepared",
+        )

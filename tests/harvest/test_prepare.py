@@ -1,0 +1,144 @@
+"""Prepared weights: the same tensors, mapped; stale, torn, interrupted or rival preparations never serve."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import Partial, Refused
+from common.files import TEMPORARY_PREFIX
+from common.log import Log
+from harvest.folder import Resolved, resolve
+from harvest.loading import fingerprint, load_model
+from harvest.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare
+from tests.harvest.test_loading import same_tensors, stock
+from tests.harvest.test_resume import as_file
+from tests.made import command, harvest_config, started, tree
+
+BF16 = torch.bfloat16
+PARTS = ("transformer", "transformer_2", "text_encoder", "vae")
+
+
+@pytest.fixture
+def resolved(micro_wan: Path, tmp_path: Path) -> Resolved:
+    shutil.copytree(micro_wan, tmp_path / "wan")
+    return resolve(tmp_path / "wan", "auto")
+
+
+def quietly(resolved: Resolved, out: Path, dtype: torch.dtype = BF16) -> Path:
+    return prepare(resolved, out, dtype, Log("test", quiet=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_prepared_weights_are_the_stock_ones_bitwise(
+    resolved: Resolved, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    ready = from_prepared(resolved, quietly(resolved, tmp_path / "out", dtype))
+    same_tensors(load_model(ready.components[name], dtype), stock(resolved, name, dtype))
+    assert ready.components[name].kind == "prepared"
+
+
+def test_a_prepared_teacher_has_its_fingerprint(resolved: Resolved, tmp_path: Path) -> None:
+    ready = from_prepared(resolved, quietly(resolved, tmp_path / "out"))
+    models = [load_model(r.components["transformer"], BF16) for r in (resolved, ready)]
+    assert fingerprint(models[:1]) == fingerprint(models[1:])
+
+
+def test_what_is_fresh_is_left_alone_and_what_is_stale_made_again(resolved: Resolved, tmp_path: Path) -> None:
+    out = quietly(resolved, tmp_path / "out")
+    before = tree(out)
+    stamp = (out / "transformer" / WEIGHTS_NAME).stat().st_mtime_ns
+    quietly(resolved, out)
+    assert (out / "transformer" / WEIGHTS_NAME).stat().st_mtime_ns == stamp
+    assert not is_fresh(resolved, out, torch.float16)
+    source = resolved.components["transformer"].files[0]
+    os.utime(source, ns=(1, 1))
+    assert not is_fresh(resolve(resolved.folder, "auto"), out, BF16)
+    quietly(resolve(resolved.folder, "auto"), out)
+    again = tree(out)
+    assert {name for name in before if before[name] != again[name]} == {MANIFEST_NAME}
+
+
+def test_a_torn_preparation_does_not_serve(resolved: Resolved, tmp_path: Path) -> None:
+    out = quietly(resolved, tmp_path / "out")
+    path = out / "transformer" / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-10])
+    assert not is_fresh(resolved, out, BF16)
+    quietly(resolved, out)
+    load_model(from_prepared(resolved, out).components["transformer"], BF16)
+
+
+def test_another_dtype_is_refused(resolved: Resolved, tmp_path: Path) -> None:
+    ready = from_prepared(resolved, quietly(resolved, tmp_path / "out"))
+    with pytest.raises(Refused, match="prepared for another dtype"):
+        load_model(ready.components["transformer"], torch.float16)
+
+
+def test_too_small_a_disk_is_refused_before_a_byte_is_written(
+    resolved: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=100_000))
+    with pytest.raises(Partial, match="do not fit"):
+        quietly(resolved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_serves(
+    resolved: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.common.test_files import FailingAt
+
+    for number in (1, 20, 60):
+        with monkeypatch.context() as patch:
+            FailingAt(number, patch, torn=True)
+            with pytest.raises(OSError, match="no space"):
+                quietly(resolved, tmp_path / "out")
+        assert not is_fresh(resolved, tmp_path / "out", BF16)
+        assert not list((tmp_path / "out").rglob(f"{TEMPORARY_PREFIX}*"))
+    quietly(resolved, tmp_path / "out")
+    assert is_fresh(resolved, tmp_path / "out", BF16)
+
+
+def test_a_read_only_teacher_is_prepared_elsewhere(resolved: Resolved, tmp_path: Path) -> None:
+    for path in [resolved.folder, *resolved.folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    quietly(resolved, tmp_path / "out")
+    for path in [resolved.folder, *resolved.folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
+def test_killed_while_preparing_then_run_again(resolved: Resolved, tmp_path: Path, delay: float) -> None:
+    """And two at once: whoever is last writes the same bytes."""
+    config = harvest_config(
+        tmp_path / "set", resolved.folder, teacher={"prepared": tmp_path / "out", "dtype": "bfloat16"}
+    )
+    path = as_file(config, tmp_path / "c.yaml")
+    process = started("harvest", "prepare", path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rivals = [started("harvest", "prepare", path) for _ in range(2)]
+    assert [rival.wait(timeout=100) for rival in rivals] == [0, 0]
+    manifest = json.loads((tmp_path / "out" / MANIFEST_NAME).read_bytes())
+    assert is_fresh(resolved, tmp_path / "out", BF16) and set(manifest["components"]) == set(PARTS)
+    ready = from_prepared(resolved, tmp_path / "out")
+    same_tensors(load_model(ready.components["transformer_2"], BF16), stock(resolved, "transformer_2", BF16))
+
+
+def test_a_harvest_from_prepared_weights_gives_the_same_set(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:
+    config = harvest_config(tmp_path / "set", micro_wan, teacher={"prepared": tmp_path / "ready"})
+    done = command("harvest", "run", as_file(config, tmp_path / "c.yaml"))
+    assert done.returncode == 0 and "(prepared files)" in done.stderr
+    assert tree(tmp_path / "set", without=("runs", "assets")) == tree(micro_set, without=("runs", "assets"))
