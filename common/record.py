@@ -97,10 +97,12 @@ class Contract:
     text_length: int
     """Rows that the teacher attends to, padding included."""
     text_padding: str
-    """`zeros`: rows beyond a prompt's own are zero and attended without a mask."""
+    """zeros: rows beyond a prompt's own are zero, attended without a mask; tokens: padding is text like any other."""
     text_dim: int
     prediction: str
     """flow | epsilon | v | x0, see common/schedule.py."""
+    noise: str
+    """flow, or `vp SCHEDULE BETA_START BETA_END`: see common/schedule.py."""
     train_steps: int
     shift: float
     boundary: float | None

@@ -6,16 +6,18 @@ network is fed the timestep t = 1000 sigma. Grids are named functions, because s
     euler_grid         ours: sigma_i = shift(1 - i / N), optionally jittered within its stratum
     flow_match_grid    bitwise what diffusers' FlowMatchEulerDiscreteScheduler(shift) walks: it shifts its end twice
     unipc_grid         bitwise what UniPCMultistepScheduler(use_flow_sigmas) walks: it feeds integer timesteps
+    vp_grid            a variance-preserving (Stable Diffusion) process in flow coordinates
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.record import Contract
+
 Float32 = NDArray[np.float32]
-PredictionKind = Literal["flow", "epsilon", "v", "x0"]
 
 HIGH_NOISE, LOW_NOISE = 0, 1
 """Record.expert: 0 = transformer, the high-noise one; 1 = transformer_2."""
@@ -27,10 +29,16 @@ class Grid:
 
     sigmas: Float32  # [N + 1], from 1 to 0
     timesteps: Float32  # [N], exactly as fed to the network
+    scales: Float32 | None = None  # [N], what the network sees is scale x state; None: 1
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    def at(self, step: int) -> tuple[np.float32, np.float32, np.float32]:
+        """(sigma, the next sigma, scale) of a step."""
+        scale = np.float32(1) if self.scales is None else self.scales[step]
+        return self.sigmas[step], self.sigmas[step + 1], scale
 
 
 def shifted(sigma: Any, shift: float) -> Any:
@@ -81,6 +89,40 @@ def unipc_grid(num_steps: int, shift: float, *, train_steps: int = 1000) -> Grid
     return Grid(sigmas=np.append(sigmas, 0).astype(np.float32), timesteps=fed)
 
 
+def vp_levels(schedule: str, beta_start: float, beta_end: float, train_steps: int) -> tuple[Any, Any]:
+    """(a, b) of x = a x0 + b noise at each integer timestep of a variance-preserving process (Ho et al. 2006.11239);
+    `scaled_linear` is linear in sqrt(beta), as Stable Diffusion has it."""
+    power = {"linear": 1.0, "scaled_linear": 2.0}[schedule]
+    betas = np.linspace(beta_start ** (1 / power), beta_end ** (1 / power), train_steps, dtype=np.float64) ** power
+    signal = np.cumprod(1 - betas)
+    return np.sqrt(signal), np.sqrt(1 - signal)
+
+
+def vp_grid(num_steps: int, levels: tuple[Any, Any], *, jitter_seed: int | None = None) -> Grid:
+    """Integer timesteps spread from the last one down. In the coordinates y = x / (a + b), sigma = b / (a + b) the
+    process is a rectified flow, and Euler's step there is DDIM's (Song et al. 2010.02502, eq. 12 with eta 0)."""
+    a, b = levels
+    u = 1 - np.arange(num_steps, dtype=np.float64) / num_steps
+    if jitter_seed is not None:
+        u[1:] += (_generator(jitter_seed, stream=1).random(num_steps - 1) - 0.5) / num_steps
+    t = np.clip(np.rint(u * len(a)).astype(np.int64) - 1, 0, len(a) - 1)
+    sigmas = np.append(b[t] / (a[t] + b[t]), 0.0)
+    return Grid(
+        sigmas=sigmas.astype(np.float32), timesteps=t.astype(np.float32), scales=(a[t] + b[t]).astype(np.float32)
+    )
+
+
+def contract_grid(contract: Contract, seed: int) -> Grid:
+    """The grid that a record of a set walks."""
+    jitter_seed = seed if contract.jitter else None
+    if contract.noise == "flow":
+        steps, boundary = contract.train_steps, contract.boundary
+        return euler_grid(contract.steps, contract.shift, train_steps=steps, boundary=boundary, jitter_seed=jitter_seed)
+    _, schedule, start, end = contract.noise.split()
+    levels = vp_levels(schedule, float(start), float(end), contract.train_steps)
+    return vp_grid(contract.steps, levels, jitter_seed=jitter_seed)
+
+
 GRIDS = {"euler": euler_grid, "flow_match": flow_match_grid, "unipc": unipc_grid}
 
 
@@ -93,9 +135,9 @@ def expert_of(timesteps: Any, boundary: float | None, *, train_steps: int = 1000
     return np.where(t >= np.float64(boundary) * train_steps, HIGH_NOISE, LOW_NOISE).astype(np.uint8)
 
 
-def to_x0_noise(kind: PredictionKind, prediction: Any, x: Any, a: Any, b: Any) -> tuple[Any, Any]:
-    """What a prediction says of x = a x0 + b noise. `flow` wants a + b = 1, `v` wants a^2 + b^2 = 1
-    (v = a noise - b x0; Salimans & Ho 2202.00512, appendix D)."""
+def to_x0_noise(kind: str, prediction: Any, x: Any, a: Any, b: Any) -> tuple[Any, Any]:
+    """What a prediction (flow | epsilon | v | x0) says of x = a x0 + b noise. `flow` wants a + b = 1, `v` wants
+    a^2 + b^2 = 1 (v = a noise - b x0; Salimans & Ho 2202.00512, appendix D)."""
     if kind == "flow":
         return x - b * prediction, x + a * prediction
     if kind == "epsilon":
@@ -105,7 +147,7 @@ def to_x0_noise(kind: PredictionKind, prediction: Any, x: Any, a: Any, b: Any) -
     return prediction, (x - a * prediction) / b
 
 
-def from_x0_noise(kind: PredictionKind, x0: Any, noise: Any, a: Any, b: Any) -> Any:
+def from_x0_noise(kind: str, x0: Any, noise: Any, a: Any, b: Any) -> Any:
     """The inverse of `to_x0_noise`."""
     if kind == "flow":
         return noise - x0

@@ -65,8 +65,8 @@ def prepare(config_path: Path, overrides: tuple[str, ...], out: Path | None) -> 
     prepare_environment()
     from common.log import Log
     from harvest.folder import resolve
+    from harvest.parts import choose_dtype
     from harvest.prepare import prepare as prepared
-    from harvest.teachers.wan import choose_dtype
 
     resolved = resolve(config.teacher.folder, config.teacher.variant)
     prepared(resolved, target, choose_dtype(config.teacher.dtype, config.teacher.device), Log("harvest"))

@@ -25,6 +25,9 @@ class TeacherConfig(Section):
     """Of the CPU; None: as torch has it."""
     batched_guidance: bool = True
     """cond and uncond in one forward."""
+    collapsed_padding: bool = True
+    """Padding rows are equal, so two keys with a bias stand for all of them; and the texts' keys and values, which do
+    not depend on the timestep, are computed once a micro-batch. Exact but for rounding; off for proofs."""
 
 
 class PromptsConfig(Section):

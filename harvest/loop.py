@@ -127,7 +127,7 @@ def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:
     return Numerics(
         micro_batch=config.micro_batch,
         batched_guidance=config.teacher.batched_guidance,
-        collapsed_padding=False,
+        collapsed_padding=config.teacher.collapsed_padding and teacher.facts.text_padding == "zeros",
         attention=teacher.attention,
         device=device,
         threads=torch.get_num_threads(),

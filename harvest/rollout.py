@@ -3,8 +3,8 @@
     records = rollout(teacher, item, walk, progress)
 
     noise of each record's own seed -> per expert, per micro-batch: the solver walks its part of the grid
-        at each step   fed = the state rounded to latent_dtype;  cond, uncond = teacher(fed, t)
-                       guided = uncond + w (cond - uncond);      state += (sigma_next - sigma) guided   (float32)
+        at each step   fed = scale x state, rounded to latent_dtype;  cond, uncond = teacher(fed, t)
+                       guided = uncond + w (cond - uncond), as a velocity;  state += (sigma_next - sigma) velocity
         at kept steps  fed, cond, uncond go into the record
     -> final = the end point; everything in float32: the set's encoding rounds it
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.record import Array, Contract, Record
-from common.schedule import Grid, euler_grid, expert_of, kept_steps, seeded_noise
+from common.schedule import Grid, contract_grid, expert_of, kept_steps, seeded_noise, to_x0_noise
 from harvest.plan import Question, WorkItem
 from harvest.teacher import Teacher
 
@@ -73,13 +73,7 @@ def rollout(
 
 
 def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract) -> Walker:
-    grid = euler_grid(
-        contract.steps,
-        contract.shift,
-        train_steps=contract.train_steps,
-        boundary=contract.boundary,
-        jitter_seed=int(question.key, 16) if contract.jitter else None,
-    )
+    grid = contract_grid(contract, int(question.key, 16))
     experts = expert_of(grid.timesteps, contract.boundary, train_steps=contract.train_steps)
     side = contract.latent_stride
     shape = (contract.latent_channels, item.height // side, item.width // side)
@@ -100,17 +94,27 @@ def _walk(teacher: Teacher, group: list[Walker], expert: int, negative: Tensor, 
     state = torch.stack([walker.state for walker in group]).to(teacher.device)  # [B, C, H, W]
     for step in _steps_of(group, expert):
         t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker in group]))
-        move = np.stack([walker.grid.sigmas[step + 1] - walker.grid.sigmas[step] for walker in group])
-        fed = state.to(getattr(torch, contract.latent_dtype)).float()
+        sigma, after, scale = (_column(values, state) for values in zip(*(w.grid.at(step) for w in group), strict=True))
+        fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
         cond, uncond = teacher.predict(fed, t, condition)
         for row, walker in enumerate(group):
             if step in walker.kept:
                 walker.points[step] = [array[row].cpu().numpy() for array in (fed, cond, uncond)]
         guided = uncond + contract.guidance[expert] * (cond - uncond)
-        state = state + torch.from_numpy(move).to(state.device).view(-1, 1, 1, 1) * guided
+        if contract.prediction == "flow":
+            velocity = guided
+        else:
+            x0, noise = to_x0_noise(contract.prediction, guided, fed, scale * (1 - sigma), scale * sigma)
+            velocity = noise - x0
+        state = state + (after - sigma) * velocity
         moved()
     for row, walker in enumerate(group):
         walker.state = state[row]
+
+
+def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:
+    """One number a row, to multiply a [B, C, H, W] by."""
+    return torch.tensor(np.array(values, np.float32), device=like.device).view(-1, 1, 1, 1)
 
 
 def _steps_of(group: list[Walker], expert: int) -> Iterator[int]:

@@ -32,6 +32,7 @@ class TeacherFacts:
     text_padding: str
     text_dim: int
     prediction: str
+    noise: str
     train_steps: int
     shift: float
     """The folder's own."""
@@ -83,9 +84,9 @@ def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: L
 
 
 def _adapter(resolved: Resolved) -> Any:
-    from harvest.teachers import wan
+    from harvest.teachers import sd, wan
 
-    adapters = {"WanPipeline": wan}
+    adapters = {"WanPipeline": wan, "StableDiffusionPipeline": sd}
     if resolved.pipeline not in adapters:
         raise Refused(
             wrong="no teacher of this kind is known",

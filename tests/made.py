@@ -97,7 +97,7 @@ def _environment() -> dict[str, str]:
 def made_contract(**changes: Any) -> Contract:
     values: dict[str, Any] = {
         "teacher": "WanTransformer3DModel", "weights": "w", "text_encoder": "e", "tokenizer": "t",
-        "text_cleaning": "c", "text_length": 512, "text_padding": "zeros", "text_dim": 8, "prediction": "flow",
+        "text_cleaning": "c", "text_length": 512, "text_padding": "zeros", "text_dim": 8, "prediction": "flow", "noise": "flow",
         "train_steps": 1000, "shift": 3.0, "boundary": 0.875, "guidance": (4.0, 3.0), "negative_prompt": "",
         "latent_channels": 4, "latent_stride": 8, "latent_patch": 2, "latent_mean": (0.0,) * 4,
         "latent_std": (1.0,) * 4, "latent_dtype": "float16", "source": "trajectory", "solver": "euler",

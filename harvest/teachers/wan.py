@@ -1,36 +1,28 @@
-"""Wan as a teacher of single frames: Wan 2.2 T2V A14B (two experts), Wan 2.1 (one), through diffusers' own networks.
+"""Wan as a teacher of single frames: Wan 2.2 T2V A14B (two experts), Wan 2.1 (one), TI2V 5B (one, a timestep per
+token), through diffusers' own networks.
 
-Text is zero-padded to the encoder's length and attended without a mask, as the stock pipeline does it. At one frame
+Text is zero-padded to the encoder's length and attended without a mask, as the stock pipeline does it; the padding may
+be collapsed (wan_attention). At one frame
 the latents' time axis has length one; it exists only inside `predict`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import Refused
-from common.log import Log, gpu_label
+from common.log import Log
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.folder import Resolved, read_json
-from harvest.loading import fingerprint, fingerprint_files, load_model, load_tokenizer
-from harvest.prepare import from_prepared, prepare
-from harvest.teacher import Fingerprints, TeacherFacts
+from harvest.parts import TEXT_ENCODER, Parts, dtype_name, load_parts
+from harvest.teacher import TeacherFacts
+from harvest.teachers.wan_attention import PADDING_KEYS, Text, attending, collapse, padding_bias
 
 EXPERTS = ("transformer", "transformer_2")
 TEXT_LENGTH = 512
 """The stock pipeline's default; it stands in no file of the folder."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """Padded text of a micro-batch."""
-
-    cond: Tensor  # [B, 512, D]
-    uncond: Tensor  # [B, 512, D]
 
 
 class WanTeacher:
@@ -38,37 +30,50 @@ class WanTeacher:
 
     attention = "sdpa"
 
-    def __init__(self, *, facts: TeacherFacts, tokenizer: Any, text_encoder: Any, experts: list[Any], device: str,
-                 dtype: torch.dtype, fingerprints: Fingerprints, batched_guidance: bool) -> None:  # fmt: skip
-        self.facts, self.fingerprints, self.device = facts, fingerprints, device
-        self.compute_dtype = str(dtype).removeprefix("torch.")
-        self._tokenizer, self._text_encoder, self._experts = tokenizer, text_encoder, experts
-        self._dtype, self._batched_guidance = dtype, batched_guidance
+    def __init__(self, facts: TeacherFacts, parts: Parts, config: TeacherConfig, *, per_token: bool) -> None:
+        self.facts, self.fingerprints, self.device = facts, parts.fingerprints, parts.device
+        self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
+        self._tokenizer, self._text_encoder = parts.tokenizer, parts.networks[TEXT_ENCODER]
+        self._experts = [parts.networks[name] for name in EXPERTS if name in parts.networks]
+        self._batched_guidance, self._per_token = config.batched_guidance, per_token
+        self._collapse = config.collapsed_padding
+        if self._collapse:
+            for expert in self._experts:
+                collapse(expert)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._encode_one(prompt) for prompt in prompts]
 
-    def condition(self, texts: list[Tensor], negative: Tensor) -> Condition:
-        return Condition(cond=self._padded(texts), uncond=self._padded([negative] * len(texts)))
+    def condition(self, texts: list[Tensor], negative: Tensor) -> list[Text]:
+        """One Text per forward: cond and uncond together, or each alone."""
+        negatives = [negative] * len(texts)
+        groups = [texts + negatives] if self._batched_guidance else [texts, negatives]
+        return [self._text(group) for group in groups]
 
     @torch.inference_mode()
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: list[Text]) -> tuple[Tensor, Tensor]:
         expert = self._expert_for(timesteps)
         video = latents.to(self.device, self._dtype).unsqueeze(2)  # [B, C, 1, H, W]
         timesteps = timesteps.to(self.device)
         if self._batched_guidance:
-            text = torch.cat([condition.cond, condition.uncond])
-            both = self._forward(expert, torch.cat([video, video]), torch.cat([timesteps, timesteps]), text)
+            both = self._forward(expert, torch.cat([video, video]), torch.cat([timesteps, timesteps]), condition[0])
             cond, uncond = both.chunk(2)
             return cond, uncond
         return (
-            self._forward(expert, video, timesteps, condition.cond),
-            self._forward(expert, video, timesteps, condition.uncond),
+            self._forward(expert, video, timesteps, condition[0]),
+            self._forward(expert, video, timesteps, condition[1]),
         )
 
-    def _forward(self, expert: Any, video: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        out: Tensor = expert(hidden_states=video, timestep=timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    def _forward(self, expert: Any, video: Tensor, timesteps: Tensor, text: Text) -> Tensor:
+        if self._per_token:  # at one frame every token has the same one
+            patch = self.facts.latent_patch
+            num_tokens = (video.shape[3] // patch) * (video.shape[4] // patch)
+            timesteps = timesteps[:, None].expand(-1, num_tokens)
+        with attending(expert, text):
+            out: Tensor = expert(
+                hidden_states=video, timestep=timesteps, encoder_hidden_states=text.rows, return_dict=False
+            )[0]
         return out.squeeze(2).float()
 
     def _expert_for(self, timesteps: Tensor) -> Any:
@@ -93,23 +98,23 @@ class WanTeacher:
         rows: Tensor = hidden[0, : int(mask.sum())].float().cpu()
         return rows
 
-    def _padded(self, texts: list[Tensor]) -> Tensor:
-        padded = torch.zeros(len(texts), self.facts.text_length, self.facts.text_dim)
+    def _text(self, texts: list[Tensor]) -> Text:
+        """Zero-padded to the full length, or to what the collapsed padding needs."""
+        lengths = [len(text) for text in texts]
+        num_rows = max(lengths) + PADDING_KEYS if self._collapse else self.facts.text_length
+        padded = torch.zeros(len(texts), num_rows, self.facts.text_dim)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
-        return padded.to(self.device, self._dtype)
+        rows = padded.to(self.device, self._dtype)
+        if not self._collapse:
+            return Text(rows=rows)
+        bias = padding_bias(lengths, num_rows, self.facts.text_length)
+        return Text(rows=rows, bias=bias.to(self.device, self._dtype))
 
 
 def facts_of(resolved: Resolved) -> TeacherFacts:
     """Everything the contract wants of a Wan folder, from its JSON files."""
     network, vae = resolved.components["transformer"].config, resolved.components["vae"].config
-    if resolved.scalars.get("expand_timesteps"):
-        raise Refused(
-            wrong="a teacher with per-token timesteps is not read yet",
-            found=str(resolved.folder),
-            mend="use Wan 2.1 or 2.2 T2V A14B",
-        )
-    boundary = resolved.scalars.get("boundary_ratio") if EXPERTS[1] in resolved.components else None
     settings = read_json(resolved.components["scheduler"].folder / "scheduler_config.json")
     return TeacherFacts(
         teacher=resolved.components["transformer"].class_name,
@@ -117,9 +122,10 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         text_padding="zeros",
         text_dim=network["text_dim"],
         prediction="flow",
+        noise="flow",
         train_steps=settings["num_train_timesteps"],
         shift=float(settings.get("flow_shift") or settings.get("shift") or 1.0),
-        boundary=boundary,
+        boundary=resolved.scalars.get("boundary_ratio") if EXPERTS[1] in resolved.components else None,
         latent_channels=network["in_channels"],
         latent_stride=vae.get("scale_factor_spatial") or 8,
         latent_patch=network["patch_size"][1],
@@ -129,65 +135,8 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
 
 
 def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
-    """The whole teacher in memory: text encoder, then the experts, one at a time."""
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
-    if config.prepared is not None:
-        watch.moved(preparing=str(config.prepared))
-        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log))
-    log.say(f"teacher {resolved.folder} on {device_name(device)} in {str(dtype)[6:]}: {resolved.summary()}")
-    models = {}
-    for name in ("text_encoder", *(expert for expert in EXPERTS if expert in resolved.components)):
-        watch.moved(loading=name)
-        models[name] = load_model(resolved.components[name], dtype, moved=watch.moved).to(device)
-    experts = [models[name] for name in EXPERTS if name in models]
-    encoder = models["text_encoder"]
-    _require_embeddings(encoder)
-    watch.moved(loading="fingerprints")
-    fingerprints = Fingerprints(
-        weights=fingerprint(experts),
-        text_encoder=fingerprint([encoder]),
-        tokenizer=fingerprint_files(path for path in (resolved.folder / "tokenizer").iterdir() if path.is_file()),
-    )
-    return WanTeacher(
-        facts=facts_of(resolved),
-        tokenizer=load_tokenizer(resolved.components["tokenizer"]),
-        text_encoder=encoder,
-        experts=experts,
-        device=device,
-        dtype=dtype,
-        fingerprints=fingerprints,
-        batched_guidance=config.batched_guidance,
-    )
-
-
-def choose_device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_name(device: str) -> str:
-    """For people: an index alone means nothing under CUDA_VISIBLE_DEVICES."""
-    if not device.startswith("cuda"):
-        return device
-    index = torch.device(device).index or 0
-    return gpu_label(index=index, uuid=str(torch.cuda.get_device_properties(index).uuid), rank=0)
-
-
-def choose_dtype(wanted: str, device: str) -> torch.dtype:
-    """bfloat16 where the hardware has it: Wan and its text encoder degrade in float16."""
-    if wanted != "auto":
-        chosen: torch.dtype = getattr(torch, wanted)
-        return chosen
-    if choose_device(device) == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _require_embeddings(encoder: Any) -> None:
-    """An encoder whose file lacks the embeddings gets random ones without a word where they are tied."""
-    embeddings = encoder.get_input_embeddings().weight
-    if not bool(torch.isfinite(embeddings).all()) or not bool(embeddings.any()):
-        raise Refused(
-            wrong="the text encoder's embeddings are empty", found="zeros or NaN", mend="fetch text_encoder again"
-        )
+    """The whole teacher in memory: text encoder, then the experts."""
+    names = (TEXT_ENCODER, *(expert for expert in EXPERTS if expert in resolved.components))
+    parts = load_parts(config, resolved, names, watch, log)
+    per_token = bool(resolved.scalars.get("expand_timesteps"))
+    return WanTeacher(facts_of(resolved), parts, config, per_token=per_token)

@@ -17,6 +17,8 @@ from common.schedule import (
     to_x0_noise,
     unipc_grid,
     unshifted,
+    vp_grid,
+    vp_levels,
 )
 
 STEPS = [1, 4, 20, 37, 40, 50]
@@ -83,10 +85,44 @@ def test_predictions_convert_there_and_back(kind: str, a: float, b: float) -> No
     rng = np.random.default_rng(0)
     x0, noise = rng.standard_normal((2, 50))
     x = a * x0 + b * noise
-    prediction = from_x0_noise(kind, x0, noise, a, b)  # type: ignore[arg-type]
-    found_x0, found_noise = to_x0_noise(kind, prediction, x, a, b)  # type: ignore[arg-type]
+    prediction = from_x0_noise(kind, x0, noise, a, b)
+    found_x0, found_noise = to_x0_noise(kind, prediction, x, a, b)
     np.testing.assert_allclose(found_x0, x0, atol=1e-12)
     np.testing.assert_allclose(found_noise, noise, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
+@pytest.mark.parametrize("steps", [5, 20])
+def test_eulers_step_in_flow_coordinates_is_ddims(kind: str, steps: int) -> None:
+    """On a variance-preserving process, with a network that knows nothing, against diffusers' own scheduler."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    levels = vp_levels("scaled_linear", 0.00085, 0.012, 1000)
+    grid = vp_grid(steps, levels)
+    name = {"epsilon": "epsilon", "v": "v_prediction"}[kind]
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                              prediction_type=name, timestep_spacing="trailing", set_alpha_to_one=True)  # fmt: skip
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(grid.timesteps, scheduler.timesteps.numpy())
+    rng = np.random.default_rng(0)
+    sigma, _, scale = grid.at(0)
+    x = torch.from_numpy(rng.standard_normal(50)).double()
+    state = x.numpy() / scale
+    for step in range(steps):
+        sigma, after, scale = map(float, grid.at(step))
+        said = rng.standard_normal(50)
+        x0, noise = to_x0_noise(kind, said, scale * state, scale * (1 - sigma), scale * sigma)
+        state = state + (after - sigma) * (noise - x0)
+        x = scheduler.step(torch.from_numpy(said), int(grid.timesteps[step]), x, eta=0.0).prev_sample
+    np.testing.assert_allclose(state, x.numpy(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_vp_grids_fall_and_stay_within(seed: int) -> None:
+    grid = vp_grid(30, vp_levels("scaled_linear", 0.00085, 0.012, 1000), jitter_seed=seed)
+    assert (np.diff(grid.sigmas) < 0).all() and (np.diff(grid.timesteps) < 0).all()
+    assert grid.timesteps[0] == 999 and grid.timesteps[-1] >= 0 and grid.sigmas[-1] == 0
 
 
 def test_noise_is_the_same_on_every_machine() -> None:

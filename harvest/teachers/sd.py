@@ -1,0 +1,100 @@
+"""Stable Diffusion 1.x and 2.x as a teacher: a UNet that predicts epsilon or v on a variance-preserving process.
+
+The proof that the Protocol is one. Its text is 77 tokens, padding included: all of them are attended, so all are kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import Refused
+from common.log import Log
+from common.watch import Watch
+from harvest.config import TeacherConfig
+from harvest.folder import Resolved, read_json
+from harvest.parts import TEXT_ENCODER, Parts, dtype_name, load_parts
+from harvest.teacher import TeacherFacts
+
+UNET = "unet"
+KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    cond: Tensor  # [B, 77, D]
+    uncond: Tensor  # [B, 77, D]
+
+
+class SdTeacher:
+    """Implements harvest.teacher.Teacher."""
+
+    attention = "sdpa"
+
+    def __init__(self, facts: TeacherFacts, parts: Parts, *, batched_guidance: bool) -> None:
+        self.facts, self.fingerprints, self.device = facts, parts.fingerprints, parts.device
+        self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
+        self._tokenizer, self._text_encoder = parts.tokenizer, parts.networks[TEXT_ENCODER]
+        self._unet, self._batched_guidance = parts.networks[UNET], batched_guidance
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    def condition(self, texts: list[Tensor], negative: Tensor) -> Condition:
+        cond, uncond = torch.stack(texts), torch.stack([negative] * len(texts))
+        return Condition(cond=cond.to(self.device, self._dtype), uncond=uncond.to(self.device, self._dtype))
+
+    @torch.inference_mode()
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        latents, timesteps = latents.to(self.device, self._dtype), timesteps.to(self.device)
+        if self._batched_guidance:
+            text = torch.cat([condition.cond, condition.uncond])
+            cond, uncond = self._forward(torch.cat([latents] * 2), torch.cat([timesteps] * 2), text).chunk(2)
+            return cond, uncond
+        return self._forward(latents, timesteps, condition.cond), self._forward(latents, timesteps, condition.uncond)
+
+    def _forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        out: Tensor = self._unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        return out.float()
+
+    def _encode_one(self, prompt: str) -> Tensor:
+        tokens = self._tokenizer(
+            [prompt], padding="max_length", max_length=self.facts.text_length, truncation=True, return_tensors="pt"
+        )
+        masked = getattr(self._text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        rows: Tensor = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0][0].float().cpu()
+        return rows
+
+
+def facts_of(resolved: Resolved) -> TeacherFacts:
+    """Everything the contract wants of a Stable Diffusion folder, from its JSON files."""
+    unet, vae = resolved.components[UNET].config, resolved.components["vae"].config
+    settings = read_json(resolved.components["scheduler"].folder / "scheduler_config.json")
+    kind = settings.get("prediction_type", "epsilon")
+    if kind not in KINDS:
+        raise Refused(wrong="a UNet of this prediction is not known", found=kind, mend=f"use one of {', '.join(KINDS)}")
+    channels = unet["in_channels"]
+    betas = f"{settings['beta_schedule']} {settings['beta_start']:g} {settings['beta_end']:g}"
+    return TeacherFacts(
+        teacher=resolved.components[UNET].class_name,
+        text_length=resolved.components[TEXT_ENCODER].config["max_position_embeddings"],
+        text_padding="tokens",
+        text_dim=unet["cross_attention_dim"],
+        prediction=KINDS[kind],
+        noise=f"vp {betas}",
+        train_steps=settings["num_train_timesteps"],
+        shift=1.0,
+        boundary=None,
+        latent_channels=channels,
+        latent_stride=2 ** (len(vae["block_out_channels"]) - 1),
+        latent_patch=2 ** (len(unet["block_out_channels"]) - 1),  # what the UNet's own halvings want
+        latent_mean=(0.0,) * channels,
+        latent_std=(1.0 / vae["scaling_factor"],) * channels,
+    )
+
+
+def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> SdTeacher:
+    parts = load_parts(config, resolved, (TEXT_ENCODER, UNET), watch, log)
+    return SdTeacher(facts_of(resolved), parts, batched_guidance=config.batched_guidance)
