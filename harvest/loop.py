@@ -24,7 +24,8 @@ from common.watch import Watch
 from harvest.config import HarvestConfig
 from harvest.folder import resolve
 from harvest.plan import WorkItem, make_plan
-from harvest.teacher import Fingerprints, Teacher, TeacherFacts, facts_of, load_teacher
+from harvest.teacher import Fingerprints, Teacher, TeacherFacts
+from harvest.teachers import facts_of, load_teacher
 
 
 def harvest(config: HarvestConfig, *, strict: bool = False) -> int:

@@ -10,7 +10,7 @@ from harvest.config import HarvestConfig
 from harvest.folder import resolve
 from harvest.loop import check_size, record_bytes
 from harvest.plan import make_plan
-from harvest.teacher import facts_of
+from harvest.teachers import facts_of
 
 
 def report(config: HarvestConfig) -> Iterator[str]:

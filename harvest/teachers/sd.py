@@ -95,6 +95,6 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
     )
 
 
-def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> SdTeacher:
+def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> SdTeacher:
     parts = load_parts(config, resolved, (TEXT_ENCODER, UNET), watch, log)
     return SdTeacher(facts_of(resolved), parts, batched_guidance=config.batched_guidance)

@@ -134,7 +134,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
     )
 
 
-def load(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
+def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
     """The whole teacher in memory: text encoder, then the experts."""
     names = (TEXT_ENCODER, *(expert for expert in EXPERTS if expert in resolved.components))
     parts = load_parts(config, resolved, names, watch, log)

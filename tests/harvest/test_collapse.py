@@ -9,7 +9,8 @@ from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.folder import resolve
-from harvest.teacher import Teacher, load_teacher
+from harvest.teacher import Teacher
+from harvest.teachers import load_teacher
 from harvest.teachers.wan_attention import padding_bias
 
 PROMPTS = ["a red cat", "a", "the large dog in the sea and a small house on the sky with a tree and a star", ""]

@@ -162,7 +162,7 @@ def test_a_wrong_folder_is_named_and_never_loaded(folder: Path, trap: str, tmp_p
     from common.log import Log
     from common.watch import Watch
     from harvest.config import TeacherConfig
-    from harvest.teacher import load_teacher
+    from harvest.teachers import load_teacher
 
     change, fault, what = TRAPS[trap]
     change(folder)
