@@ -47,6 +47,7 @@ Moved = Callable[..., None]
 
 def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None) -> Any:
     """The network of a component on the CPU, in eval mode, bitwise as its own library would load it."""
+    moved(loading=part.name)
     model = build(part)
     sources = sources_of(part, model)
     if part.prepared:

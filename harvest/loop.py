@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import save_config
-from common.encoding import BLOCK
 from common.errors import BadUsage, Partial, Refused
 from common.files import write_atomic
 from common.log import Log, human_seconds
@@ -33,12 +32,12 @@ def harvest(config: HarvestConfig, *, strict: bool = False) -> int:
     # Settings and plan: nothing of a model is read yet, a mistake costs nothing.
     resolved = resolve(config.teacher.folder, config.teacher.variant)
     facts = facts_of(resolved)
-    check_size(config, facts)
-    plan = make_plan(config, record_bytes=record_bytes(config, facts))
+    plan = make_plan(config, facts)
     # A heartbeat and a log before the first model byte.
     run_dir = config.out / RUNS / f"{socket.gethostname()}-{os.getpid()}"
     log = Log("harvest", run_dir)
     save_config(config, run_dir / "config.yaml")
+    log.say(plan.summary)
     with StopRequest() as stop, Watch(run_dir, log) as watch:
         with watch.stage("load", deadline_s=config.deadline_s):
             teacher = _ready_teacher(config, resolved, watch, log)
@@ -145,27 +144,6 @@ def _say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) -
         if strict:
             raise Refused(wrong="the set holds shards of other numerics", found=told, mend="run without --strict")
         log.say(f"the set holds shards of other numerics (this run | those): {told}")
-
-
-def record_bytes(config: HarvestConfig, facts: TeacherFacts) -> int:
-    """Of the arrays of one record, its text left out."""
-    side = facts.latent_stride
-    state = facts.latent_channels * (config.height // side) * (config.width // side)
-    point = {"float16": 6 * state, "float32": 12 * state, "int8-block64": 4 * state + 4 * -(-state // BLOCK)}
-    return config.keep * point[config.encoding] + state * (4 if config.encoding == "float32" else 2)
-
-
-def check_size(config: HarvestConfig, facts: TeacherFacts) -> None:
-    unit = facts.latent_stride * facts.latent_patch
-    for name in ("height", "width"):
-        size = getattr(config, name)
-        if size % unit:
-            below = size // unit * unit
-            raise BadUsage(
-                wrong=f"{name} does not divide by {unit}",
-                found=f"{size}, with stride {facts.latent_stride} and patch {facts.latent_patch}",
-                mend=f"take {below or unit} or {below + unit}",
-            )
 
 
 def _ready_teacher(config: HarvestConfig, resolved, watch: Watch, log: Log) -> Teacher:  # type: ignore[no-untyped-def]

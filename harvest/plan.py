@@ -1,6 +1,6 @@
 """What is to be asked: prompts and seeds become keys, keys become work items. Pure; reads no model.
 
-    plan = make_plan(config)
+    plan = make_plan(config, facts)              facts of the teacher's folder: what divides, what a record weighs
     for item in plan.remaining(shards): ...      what no receipt holds yet, in a seeded shuffled order
 
 Prompts are packed in file order into full items; an item's identity is the hash of its keys. After prompts were
@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.encoding import BLOCK
+from common.errors import BadUsage
 from common.manifest import MAX_RECORDS
 from common.record import item_id, record_key
 from common.shards import MOVED, QUARANTINE, ShardSet
 from harvest.config import HarvestConfig
 from harvest.prompts import read_prompts, seed_of
+from harvest.teacher import TeacherFacts
 
 SHARD_BYTES = 256_000_000
+"""Of a shard, where the configuration does not say how many records it holds."""
 ORDER_SEED = 0
 
 
@@ -48,6 +52,8 @@ class WorkItem:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     items: tuple[WorkItem, ...]
+    summary: str
+    """Of the prompts."""
 
     @property
     def num_records(self) -> int:
@@ -74,20 +80,50 @@ class Plan:
                 yield replace(item, questions=left)
 
 
-def make_plan(config: HarvestConfig, *, record_bytes: int | None = None) -> Plan:
-    """`record_bytes` (known once the teacher's folder was read) bounds a shard when the configuration does not."""
-    per_shard = config.records_per_shard or max(1, SHARD_BYTES // (record_bytes or SHARD_BYTES))
-    per_shard = min(per_shard, MAX_RECORDS)
-    questions = [
-        _question(prompt, seed_of(prompt, number), config)
-        for prompt in read_prompts(config.prompts.file, limit=config.prompts.limit)
-        for number in range(config.prompts.seeds_per_prompt)
-    ]
+def make_plan(config: HarvestConfig, facts: TeacherFacts) -> Plan:
+    """Prompts and seeds in file order, packed into items of one size each."""
+    wishes, summary = read_prompts(config.prompts.file, limit=config.prompts.limit)
+    by_size: dict[tuple[int, int], dict[str, Question]] = {}
+    for wish in wishes:
+        height, width = wish.height or config.height, wish.width or config.width
+        check_size(height, width, facts)
+        numbers = range(config.prompts.seeds_per_prompt)
+        for seed in [seed_of(wish.prompt, number) for number in numbers] if wish.seed is None else [wish.seed]:
+            key = record_key(wish.prompt, seed, height, width)
+            question = Question(key=key, prompt=wish.prompt, seed=seed)
+            by_size.setdefault((height, width), {}).setdefault(key, question)
     items = tuple(
-        WorkItem(questions=tuple(questions[start : start + per_shard]), height=config.height, width=config.width)
+        WorkItem(questions=tuple(questions[start : start + per_shard]), height=height, width=width)
+        for (height, width), by_key in by_size.items()
+        for questions, per_shard in [(list(by_key.values()), records_per_shard(config, facts, height, width))]
         for start in range(0, len(questions), per_shard)
     )
-    return Plan(items=items)
+    return Plan(items=items, summary=summary)
+
+
+def records_per_shard(config: HarvestConfig, facts: TeacherFacts, height: int, width: int) -> int:
+    chosen = config.records_per_shard or SHARD_BYTES // record_bytes(config, facts, height, width)
+    return min(max(1, chosen), MAX_RECORDS)
+
+
+def record_bytes(config: HarvestConfig, facts: TeacherFacts, height: int, width: int) -> int:
+    """Of the arrays of one record, its text left out."""
+    side = facts.latent_stride
+    state = facts.latent_channels * (height // side) * (width // side)
+    point = {"float16": 6 * state, "float32": 12 * state, "int8-block64": 4 * state + 4 * -(-state // BLOCK)}
+    return config.keep * point[config.encoding] + state * (4 if config.encoding == "float32" else 2)
+
+
+def check_size(height: int, width: int, facts: TeacherFacts) -> None:
+    unit = facts.latent_stride * facts.latent_patch
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % unit:
+            below = max(unit, size // unit * unit)
+            raise BadUsage(
+                wrong=f"{name} does not divide by {unit}",
+                found=f"{size}, with stride {facts.latent_stride} and patch {facts.latent_patch}",
+                mend=f"take {below} or {below + unit}",
+            )
 
 
 def quarantined_keys(shards: ShardSet) -> set[str]:
@@ -100,7 +136,3 @@ def moved_keys(shards: ShardSet) -> dict[str, list[str]]:
     """Items that were carried elsewhere to free the disk, and their keys: done, though not here."""
     notes = (json.loads(path.read_bytes()) for path in (shards.path / MOVED).glob("[!.]*.json"))
     return {note["item"]: note["keys"] for note in notes}
-
-
-def _question(prompt: str, seed: int, config: HarvestConfig) -> Question:
-    return Question(key=record_key(prompt, seed, config.height, config.width), prompt=prompt, seed=seed)

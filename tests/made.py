@@ -15,6 +15,7 @@ from common.config import check
 from common.record import Contract, Numerics, Record, record_key
 from common.shards import RUNS
 from harvest.config import HarvestConfig
+from harvest.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("cat", "dog", "house", "sea")]
@@ -46,6 +47,14 @@ def harvest_here(config: HarvestConfig) -> Path:
 
     harvest(config)
     return config.out
+
+
+def planned(config: HarvestConfig) -> Plan:
+    from harvest.folder import resolve
+    from harvest.plan import make_plan
+    from harvest.teachers import facts_of
+
+    return make_plan(config, facts_of(resolve(config.teacher.folder, config.teacher.variant)))
 
 
 def write_student_json(path: Path, **changes: Any) -> Path:
@@ -97,7 +106,8 @@ def _environment() -> dict[str, str]:
 def made_contract(**changes: Any) -> Contract:
     values: dict[str, Any] = {
         "teacher": "WanTransformer3DModel", "weights": "w", "text_encoder": "e", "tokenizer": "t",
-        "text_cleaning": "c", "text_length": 512, "text_padding": "zeros", "text_dim": 8, "prediction": "flow", "noise": "flow",
+        "text_cleaning": "c", "text_length": 512, "text_padding": "zeros", "text_dim": 8,
+        "prediction": "flow", "noise": "flow",
         "train_steps": 1000, "shift": 3.0, "boundary": 0.875, "guidance": (4.0, 3.0), "negative_prompt": "",
         "latent_channels": 4, "latent_stride": 8, "latent_patch": 2, "latent_mean": (0.0,) * 4,
         "latent_std": (1.0,) * 4, "latent_dtype": "float16", "source": "trajectory", "solver": "euler",

@@ -16,7 +16,7 @@ from harvest.granary.compare import compare
 from harvest.granary.rebuild import rebuild
 from harvest.granary.select import Choice, convert, merge, subset
 from harvest.granary.verify import verify
-from tests.made import NUMERICS, command, made_contract, made_record, tree
+from tests.made import NUMERICS, command, made_contract, made_record, planned, tree
 
 
 def a_set(path: Path, numbers: range, *, container: str = "zarr", **contract: object) -> ShardSet:
@@ -215,11 +215,9 @@ class TestCarry:
 
 
 def test_a_freed_harvest_has_nothing_left_to_do(tmp_path: Path, micro_set: Path, micro_config) -> None:  # type: ignore[no-untyped-def]
-    from harvest.plan import make_plan
-
     shutil.copytree(micro_set, tmp_path / "set")
     list(carry(LocalPlace(tmp_path / "set"), LocalPlace(tmp_path / "away"), free=True))
-    assert list(make_plan(micro_config).remaining(ShardSet.open(tmp_path / "set"))) == []
+    assert list(planned(micro_config).remaining(ShardSet.open(tmp_path / "set"))) == []
 
 
 @pytest.mark.parametrize("words", [("convert", "{a}", "{out}", "--to", "tar"), ("merge", "{a}", "{b}", "{out}"),

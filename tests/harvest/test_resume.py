@@ -11,7 +11,7 @@ import yaml
 
 from common.shards import RUNS, ShardSet
 from harvest.config import HarvestConfig
-from tests.made import PROMPTS, command, harvest_config, harvest_here, started, tree
+from tests.made import PROMPTS, command, harvest_config, harvest_here, planned, started, tree
 
 
 def as_file(config: HarvestConfig, path: Path) -> Path:
@@ -57,20 +57,18 @@ def test_a_finished_set_is_left_alone(micro_config: HarvestConfig, micro_set: Pa
 
 
 def test_appended_prompts_mean_only_new_work(tmp_path: Path, micro_wan: Path) -> None:
-    from harvest.plan import make_plan
-
     config = harvest_config(tmp_path / "set", micro_wan, prompts={"seeds_per_prompt": 1}, records_per_shard=5)
     config.prompts.file.write_text("\n".join(PROMPTS[:7]), encoding="utf-8")
     first = {receipt.item for receipt in ShardSet.open(harvest_here(config)).manifest().receipts}
     config.prompts.file.write_text("\n".join(PROMPTS), encoding="utf-8")
     shards = ShardSet.open(tmp_path / "set")
-    left = list(make_plan(config).remaining(shards))
+    left = list(planned(config).remaining(shards))
     assert sorted(question.prompt for item in left for question in item.questions) == sorted(PROMPTS[7:])
     manifest = ShardSet.open(harvest_here(config)).manifest()
     assert first < {receipt.item for receipt in manifest.receipts}
     keys = [key for receipt in manifest.receipts for key in shards.read(receipt).header.keys]
     assert len(keys) == len(set(keys)) == len(PROMPTS)
-    assert list(make_plan(config).remaining(shards)) == []
+    assert list(planned(config).remaining(shards)) == []
 
 
 def test_another_meaning_is_refused_with_the_field(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:
@@ -106,7 +104,6 @@ def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Pat
     from safetensors.torch import load_file, save_file
 
     from common.errors import Partial
-    from harvest.plan import make_plan
 
     broken = tmp_path / "teacher"
     shutil.copytree(micro_wan, broken)
@@ -121,7 +118,7 @@ def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Pat
     entries = json.loads(path.read_bytes())
     assert len(entries) == 4 and all("expert 1" in entry["where"] for entry in entries)
     shards = ShardSet.open(tmp_path / "set")
-    assert shards.manifest().num_records == 0 and list(make_plan(config).remaining(shards)) == []
+    assert shards.manifest().num_records == 0 and list(planned(config).remaining(shards)) == []
 
 
 @pytest.mark.parametrize(("changes", "what"), [
