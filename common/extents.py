@@ -39,7 +39,8 @@ class Extents:
     ) -> None:
         self.path, self.offsets, self.length = path, offsets, length
         self._crcs, self._name = crcs, name
-        self._touched = np.zeros(len(offsets), bool)
+        self._checked = bytearray(len(offsets))
+        """One byte a piece: a bytearray answers in a third of the time of an array."""
         self._fd: int | None = None
 
     def __len__(self) -> int:
@@ -47,9 +48,14 @@ class Extents:
 
     def read(self, index: int, out: memoryview) -> None:
         """Fill `out` (exactly `length` bytes) with piece `index`."""
+        if self._fd is not None and self._checked[index]:  # the way of every read but the first: no Python to spare
+            got = os.preadv(self._fd, (out,), self.offsets.item(index))
+            if got != self.length:
+                raise self._cut_short(index, got)
+            return
         trailer = bytearray(CRC_BYTES if self._crcs is None else 0)
         self._pread([out, trailer], int(self.offsets[index]), index)
-        if not self._touched[index]:
+        if not self._checked[index]:
             expected = int.from_bytes(trailer, "little") if self._crcs is None else int(self._crcs[index])
             self._compare(index, out, expected)
 
@@ -61,7 +67,7 @@ class Extents:
         self._pread([rows.data.cast("B")], int(self.offsets[first]), first)
         for row in range(count):
             index = first + row
-            if not self._touched[index]:
+            if not self._checked[index]:
                 tail = rows[row, self.length :].tobytes()
                 expected = int.from_bytes(tail, "little") if self._crcs is None else int(self._crcs[index])
                 self._compare(index, rows[row, : self.length].tobytes(), expected)
@@ -73,13 +79,16 @@ class Extents:
         wanted = sum(len(buffer) for buffer in buffers)
         got = os.preadv(self._fd, buffers, offset)
         if got != wanted:  # a short read of a regular file is its end
-            raise self._corrupt(index, f"{got} bytes where {wanted} were written")
+            raise self._cut_short(index, got, wanted)
 
     def _compare(self, index: int, data: Any, expected: int) -> None:
         found = crc32c(data)
         if found != expected:
             raise self._corrupt(index, f"crc32c {found:08x}, written as {expected:08x}")
-        self._touched[index] = True
+        self._checked[index] = 1
+
+    def _cut_short(self, index: int, got: int, wanted: int | None = None) -> Corrupt:
+        return self._corrupt(index, f"{got} bytes where {wanted or self.length} were written")
 
     def _corrupt(self, index: int, found: str) -> Corrupt:
         return Corrupt(

@@ -48,7 +48,8 @@ class ShardSet:
     """A folder of immutable shards that share one contract."""
 
     def __init__(self, path: Path, contract: Contract, *, library: bool = False) -> None:
-        self.path, self.contract, self._library = path, contract, library
+        self.path, self.contract, self.library = path, contract, library
+        self._contract_digest = contract.digest()
 
     @classmethod
     def create(cls, path: Path, contract: Contract) -> Self:
@@ -112,13 +113,13 @@ class ShardSet:
         return receipt
 
     def read(self, receipt: Receipt, *, library: bool = False) -> ShardReader:
-        if receipt.contract != self.contract.digest():
+        if receipt.contract != self._contract_digest:
             raise Refused(
                 wrong=f"item {receipt.item} was made under another contract",
-                found=f"{receipt.contract[:16]}, the set's is {self.contract.digest()[:16]}",
+                found=f"{receipt.contract[:16]}, the set's is {self._contract_digest[:16]}",
                 mend="keep shards of different contracts in different sets",
             )
-        return open_shard(self.shards_dir, receipt, self.contract, library=library or self._library)
+        return open_shard(self.shards_dir, receipt, self.contract, library=library or self.library)
 
     @property
     def shards_dir(self) -> Path:

@@ -39,7 +39,8 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-STAGING_BYTES = 8 << 20
+STAGING_BYTES = 1 << 20
+"""Small enough that a piece is cast and looked at while it is in the cache."""
 THREADS = 4
 _BUILDING = threading.Lock()
 Moved = Callable[..., None]
@@ -103,25 +104,38 @@ def fill(
 
 
 def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """One tensor: straight into place, or through a staging buffer that is cast piece by piece."""
+    """One tensor, finite: straight into place, or through a staging buffer that is cast piece by piece."""
     source_dtype = TORCH_DTYPES[stored.dtype]
     target = source_dtype if not source_dtype.is_floating_point else dtype
     tensor = torch.empty(stored.shape, dtype=target)
     flat = tensor.view(-1)
+    step = STAGING_BYTES // source_dtype.itemsize
+    in_place = source_dtype == target
+    staging = flat[:0] if in_place else torch.empty(min(step, flat.numel()), dtype=source_dtype)
     fd = os.open(stored.path, os.O_RDONLY)
     try:
-        if source_dtype == target:
-            _read_into(fd, stored, 0, flat.view(torch.uint8).numpy().data)
-            return tensor
-        step = STAGING_BYTES // source_dtype.itemsize
-        staging = torch.empty(min(step, flat.numel()), dtype=source_dtype)
         for start in range(0, flat.numel(), step):
-            piece = staging[: min(step, flat.numel() - start)]
+            place = flat[start : start + step]
+            piece = place if in_place else staging[: len(place)]
             _read_into(fd, stored, start * source_dtype.itemsize, piece.view(torch.uint8).numpy().data)
-            flat[start : start + len(piece)].copy_(piece)
-        return tensor
+            if not in_place:
+                place.copy_(piece)
+            _require_finite(stored, piece, place)
     finally:
         os.close(fd)
+    return tensor
+
+
+def _require_finite(stored: StoredTensor, read: Tensor, kept: Tensor) -> None:
+    """As it was read and as it is kept: a float32 weight may be too large for float16."""
+    for piece in (read, kept) if kept.dtype == torch.float16 else (read,):
+        # The sum tells at once; where it overflows by itself each value is looked at.
+        if piece.is_floating_point() and not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
+            raise Corrupt(
+                wrong=f"{stored.path.parent.name} holds NaN or Inf" + ("" if read is piece else " in float16"),
+                found=stored.name,
+                mend=f"fetch {stored.path.name} again" if read is piece else "compute in bfloat16 or float32",
+            )
 
 
 def mapped_tensors(sources: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
@@ -183,9 +197,6 @@ def _require_whole(part: Component, model: Any) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise Refused(wrong=f"{part.name} did not load whole", found=f"no data for {key}", mend="fetch it again")
-        # The sum tells at once; where it overflows by itself each value is looked at.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise Corrupt(wrong=f"{part.name} holds NaN or Inf", found=key, mend=f"fetch {part.folder} again")
 
 
 def fingerprint(models: Iterable[Any]) -> str:

@@ -43,5 +43,11 @@ class TrainConfig(Section):
     log_every: PositiveInt = 20
     device: str = "auto"
     threads: PositiveInt | None = None
+    reader: Literal["offset", "library"] = "offset"
+    """library: through zarr-python and tarfile, slowly; archives are always read so."""
+    read_workers: NonNegativeInt = 0
+    """Processes that read ahead, per training process; 0: a thread of its own."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """skip: a good sample of the same micro-batch takes the place of a damaged one; counted and said."""
     deadline_s: float = Field(default=300.0, gt=0)
     """A stage that does not move for so long is reported with every thread's stack."""

@@ -1,31 +1,31 @@
-"""From samples to tensors: extents into reused buffers, texts once each, ahead of the step.
+"""From samples to tensors: extents into reused memory, texts once each, ahead of the step.
 
-    feed = Feed(shards, order, global_batch=96, micro_batch=32, rank=0, world=1)
-    for step in feed:                        a Step: micro-batches of this rank, the cursor after it
-        for micro in step.micros: micro.latents ... micro.text, micro.lengths, micro.inverse
+    with Feed(shards, order, global_batch=96, micro_batch=32, rank=0, world=1) as feed:
+        for step in feed:                    a Step: micro-batches of this rank, the cursor after it
+            for micro in step.micros: micro.latents ... micro.text, micro.lengths, micro.inverse
 
-    samples -> their extents, read by a thread into one of two sets of buffers -> tensors over the same memory
+    order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/reading.py) or by
+    processes (train/ring.py) -> tensors over the same memory
 
-A text belongs to many samples: a batch carries its distinct texts once, and `inverse` says whose is whose.
+A step's memory is used again when the step after next is asked for, so that its copy to a device may still be under
+way while the next one is worked on. Nothing is allocated after the first round but small Python objects.
 """
 
-import queue
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import BadUsage, Fault, Partial
-from common.record import Array
-from common.shard_header import FIELDS
-from common.shards import ShardReader, ShardSet
-from train.order import Batch, Order, Sample
-
-MAX_OPEN_SHARDS = 256
+from common.errors import BadUsage
+from common.shards import ShardSet
+from train.order import Batch, Order, Size
+from train.reading import Options, Part, PartReader, ThreadReader
+from train.ring import Ring
+from train.slots import Filled, Slot, SlotPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,121 +56,114 @@ class Step:
     """Where the order stands after this step."""
 
 
-class Shelf:
-    """Opened shards, the least used closed first."""
+class Tray:
+    """A slot and the tensors over it."""
 
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
-        self._open: OrderedDict[str, ShardReader] = OrderedDict()
+    FIXED = ("latents", "cond", "uncond", "timesteps", "sigmas", "expert", "inverse")
 
-    def reader(self, sample: Sample) -> ShardReader:
-        item = sample.receipt.item
-        if item not in self._open:
-            self._open[item] = self._shards.read(sample.receipt)
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(item)
-        return self._open[item]
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self._fixed = {name: torch.from_numpy(getattr(slot, name)) for name in self.FIXED}
+        self._lengths = torch.from_numpy(slot.lengths)
+
+    def micro(self, filled: Filled) -> Micro:
+        text = torch.from_numpy(self.slot.text(filled.num_texts, filled.longest))
+        return Micro(**self._fixed, text=text, lengths=self._lengths[: filled.num_texts])
 
 
-def read_micro(shelf: Shelf, samples: tuple[Sample, ...], points: Array) -> Micro:
-    """`points` [B, 3, C, H, W] is filled in place; the tensors share its memory."""
-    texts: dict[tuple[str, int], int] = {}
-    rows: list[Array] = []
-    inverse, scalars = [], []
-    for row, sample in enumerate(samples):
-        reader = shelf.reader(sample)
-        reader.read_point(sample.record, sample.point, points[row].data.cast("B"))
-        header, where = reader.header, (sample.record, sample.point)
-        scalars.append((header.timesteps[where], header.sigmas[where], header.expert[where]))
-        prompt = header.prompt_of[sample.record]
-        name = (sample.receipt.item, prompt)
-        if name not in texts:
-            texts[name] = len(rows)
-            rows.append(reader.read_text(prompt))
-        inverse.append(texts[name])
-    text = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), rows[0].dtype)
-    for padded, row_text in zip(text, rows, strict=True):
-        padded[: len(row_text)] = row_text
-    timesteps, sigmas, expert = (np.array(column) for column in zip(*scalars, strict=True))
-    return Micro(
-        **{name: torch.from_numpy(points[:, i]) for i, name in enumerate(FIELDS)},
-        timesteps=torch.from_numpy(timesteps),
-        sigmas=torch.from_numpy(sigmas),
-        expert=torch.from_numpy(expert.astype(np.int64)),
-        text=torch.from_numpy(text),
-        lengths=torch.tensor([len(row) for row in rows]),
-        inverse=torch.tensor(inverse),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """A step that is being read."""
+
+    trays: tuple[Tray, ...]
+    parts: tuple[Part, ...]
+    ids: tuple[str, ...]
+    epoch: int
+    cursor: dict[str, list[int]]
 
 
 class Feed:
-    """Steps, one ahead of the training loop, read by a thread. Every wait has a deadline."""
+    """Steps, read ahead of the training loop. Every wait has a deadline that names who is late with what."""
 
     def __init__(self, shards: ShardSet, order: Order, *, global_batch: int, micro_batch: int, rank: int, world: int,
-                 deadline_s: float = 300.0) -> None:  # fmt: skip
+                 deadline_s: float = 300.0, read_workers: int = 0, on_corrupt: str = "stop",
+                 text_max_length: int | None = None, say: Callable[..., None] | None = None) -> None:  # fmt: skip
+        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/slots.py."""
         self.num_micros = accumulation(global_batch, micro_batch, world)
-        self._shelf, self._order = Shelf(shards), order
+        self.num_skipped, self.num_cut = 0, 0
+        """Samples that were damaged, and such whose text was cut to text_max_length, as often as they came."""
+        self._order, self._contract = order, shards.contract
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._channels, self._stride = shards.contract.latent_channels, shards.contract.latent_stride
-        self._dtype, self._deadline_s = shards.contract.storage_dtype, deadline_s
-        self._buffers: dict[tuple[int, tuple[int, int]], Array] = {}
-        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
-        self._thread.start()
+        self._deadline_s, self._say = deadline_s, say or (lambda event, **facts: None)
+        self._text_rows = min(text_max_length or shards.contract.text_length, shards.contract.text_length)
+        self._said: set[tuple[str, int]] = set()
+        self._num_ahead = 2 * max(1, read_workers) - 1  # one part read and one waiting, for each reader
+        self._trays: dict[tuple[int, Size], tuple[Tray, ...]] = {}
+        self._ahead: deque[Ahead] = deque()
+        self._num_submitted = 0
+        options = Options(text_rows=self._text_rows, on_corrupt=on_corrupt, library=shards.library)
+        self._reader: PartReader = (
+            Ring(shards.path, read_workers, options, self._say) if read_workers else ThreadReader(shards, options)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            try:
-                step = self._ready.get(timeout=self._deadline_s)
-            except queue.Empty:
-                raise Partial(
-                    wrong="no batch came from the set",
-                    found=f"{self._deadline_s:.0f} s of silence",
-                    mend="look at the disk that holds it, or raise deadline_s",
-                ) from None
-            if isinstance(step, BaseException):
-                raise step
-            yield step
+            while len(self._ahead) <= self._num_ahead:
+                self._submit(self._order.next_batch(self._global_batch))
+            yield self._finish(self._ahead.popleft())
 
     def close(self) -> None:
-        self._closed.set()
+        self._reader.close()
 
-    def _fill(self) -> None:
-        # Three sets: one in the loop's hands, one waiting, one being filled.
-        number = 0
-        while not self._closed.is_set():
-            try:
-                item: Step | BaseException = self._read(self._order.next_batch(self._global_batch), number % 3)
-            except (Fault, OSError) as error:
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            number += 1
-
-    def _read(self, batch: Batch, buffer: int) -> Step:
+    def _submit(self, batch: Batch) -> None:
         mine = batch.for_rank(self._rank, self._world)
-        points = self._points(buffer, batch.size)
-        micros = []
-        for start in range(0, len(mine), self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            micros.append(read_micro(self._shelf, mine[part], points[part]))
+        # The one in the loop's hands, and the one before it, are left alone.
+        trays = self._trays_of(self._num_submitted % (self._num_ahead + 2), batch.size)
+        parts = []
+        for number, tray in enumerate(trays):
+            samples = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
+            parts.append(Part(batch=self._num_submitted, slot=tray.slot, samples=samples))
+            self._reader.submit(parts[-1])
         ids = tuple(sample.id for sample in batch.samples)
-        return Step(micros=tuple(micros), ids=ids, epoch=batch.epoch, cursor=self._order.cursor)
+        self._ahead.append(Ahead(trays=trays, parts=tuple(parts), ids=ids, epoch=batch.epoch,
+                                 cursor=self._order.cursor))  # fmt: skip
+        self._num_submitted += 1
 
-    def _points(self, buffer: int, size: tuple[int, int]) -> Array:
-        if (buffer, size) not in self._buffers:
-            height, width = (side // self._stride for side in size)
-            shape = (self._global_batch // self._world, len(FIELDS), self._channels, height, width)
-            self._buffers[buffer, size] = np.empty(shape, self._dtype)
-        return self._buffers[buffer, size]
+    def _finish(self, ahead: Ahead) -> Step:
+        micros = []
+        for tray, part in zip(ahead.trays, ahead.parts, strict=True):
+            filled = self._reader.wait(part, deadline_s=self._deadline_s)
+            if filled.skipped or filled.num_cut:
+                self._count(part, filled)
+            micros.append(tray.micro(filled))
+        return Step(micros=tuple(micros), ids=ahead.ids, epoch=ahead.epoch, cursor=ahead.cursor)
+
+    def _trays_of(self, number: int, size: Size) -> tuple[Tray, ...]:
+        if (number, size) not in self._trays:
+            plan = SlotPlan(contract=self._contract, size=size, num_samples=self._micro_batch,
+                            text_rows=self._text_rows)  # fmt: skip
+            self._trays[number, size] = tuple(Tray(self._reader.slot(plan)) for _ in range(self.num_micros))
+        return self._trays[number, size]
+
+    def _count(self, part: Part, filled: Filled) -> None:
+        """Counted whenever it happens; said once for a record, and once for all cut texts."""
+        if filled.num_cut and not self.num_cut:
+            self._say("texts longer than the student takes are cut", rows=self._text_rows, batch=part.batch)
+        self.num_cut += filled.num_cut
+        for row, why in filled.skipped:
+            self.num_skipped += 1
+            sample = part.samples[row]
+            if (sample.receipt.item, sample.record) not in self._said:
+                self._said.add((sample.receipt.item, sample.record))
+                self._say("skipped a damaged sample", sample=sample.id, why=why, total=self.num_skipped)
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:

@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from common.errors import BadUsage
+from common.log import gpu_label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,14 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    @property
+    def device_name(self) -> str:
+        """For people: an index alone means nothing under CUDA_VISIBLE_DEVICES."""
+        if self.device.type != "cuda":
+            return f"{self.device} rank{self.rank}"
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        return gpu_label(index=self.device.index, uuid=uuid, rank=self.rank)
 
     def wrap(self, student: nn.Module) -> nn.Module:
         """Gradients averaged over all processes."""

@@ -43,7 +43,7 @@ def train(config: TrainConfig, world: World) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         with watch.stage("load", deadline_s=config.deadline_s):
-            shards = ShardSet.open(config.set)
+            shards = ShardSet.open(config.set, library=config.reader == "library")
             student = open_student(config, shards.contract).to(world.device).train()
             state = new_state(student, config)
             facts = restore(config.out, state, log) or {}
@@ -98,7 +98,7 @@ class Run:
         millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
         return (
             f"student of {millions:.2f} M parameters, {self.epoch_samples} samples an epoch, "
-            f"{self.total_steps} steps of {self.global_batch} on {self.world.size} x {self.world.device.type}"
+            f"{self.total_steps} steps of {self.global_batch} on {self.world.size} x {self.world.device_name}"
         )
 
     def loop(self, student: WanLite, log: Log, watch: Watch, stop: StopRequest) -> None:
@@ -106,7 +106,9 @@ class Run:
         wrapped = self.world.wrap(student)
         tally = Tally(self.world)
         feed = Feed(self.shards, self.order, global_batch=self.global_batch, micro_batch=config.batch_size,
-                    rank=self.world.rank, world=self.world.size, deadline_s=config.deadline_s)  # fmt: skip
+                    rank=self.world.rank, world=self.world.size, deadline_s=config.deadline_s,
+                    read_workers=config.read_workers, on_corrupt=config.on_corrupt,
+                    text_max_length=student.config.text_max_length, say=log.say)  # fmt: skip
         steps = iter(feed)
         try:
             while state.step < self.total_steps:

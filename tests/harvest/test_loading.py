@@ -92,7 +92,7 @@ def test_progress_ends_at_all_bytes(folders: dict[str, Path]) -> None:
     told: list[dict[str, Any]] = []
     load_model(part, torch.bfloat16, moved=lambda **facts: told.append(facts))
     assert told[-1]["bytes_read"] == told[-1]["bytes_total"] > 300_000 and told[-1]["loading"] == "transformer"
-    assert {fact["file"] for fact in told} == {path.name for path in part.files} and len(part.files) > 2
+    assert {fact["file"] for fact in told[1:]} == {path.name for path in part.files} and len(part.files) > 2
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

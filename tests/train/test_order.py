@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from common.errors import Partial
 from common.manifest import Receipt
 from tests.made import NUMERICS
 from train.order import Order, permuted
@@ -127,3 +128,13 @@ def test_a_set_that_grows_joins_at_the_next_epoch() -> None:
 def test_a_batch_is_the_same_whoever_asks() -> None:
     order, other = (Order(0, fixed(receipt(0), receipt(1))) for _ in range(2))
     assert dataclasses.astuple(order.next_batch(5)) == dataclasses.astuple(other.next_batch(5))
+
+
+@pytest.mark.parametrize("receipts", [(), (receipt(0, records=2, held_out=(0, 1)),)])
+def test_nothing_to_train_on_is_said(receipts: tuple[Receipt, ...]) -> None:
+    with pytest.raises(Partial, match="nothing to train on"):
+        Order(0, lambda epoch: receipts)
+    later = Order(0, lambda epoch: (receipt(0),) if epoch == 0 else receipts)
+    with pytest.raises(Partial, match="epoch 1 has nothing"):
+        for _ in range(10):
+            later.next_batch(4)

@@ -1,0 +1,1 @@
+"""Speed beside peers and limits: `make bench`, see __main__.py."""

@@ -1,0 +1,55 @@
+"""Speed beside peers and limits, in one run.
+
+    python -m tests.bench                            everything, as `make bench` does
+    python -m tests.bench store                      reading a shard set beside raw, webdataset, MDS, litdata, LMDB ...
+    python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
+    python -m tests.bench store --json out/store.json --keep
+
+Peers are the extra `bench` of pyproject.toml, and two whose own requirements contradict ours (they ask for
+torchvision, numpy < 2.2, transformers < 5, and need none of them to read):
+
+    pip install -c constraints.txt -e '.[bench]' && pip install --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
+
+One that is not installed is named and left out. 0.6 GB per format are written to --out, 5 GB in all.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+
+
+@click.group(invoke_without_command=True, help="Speed beside peers and limits, in one run.")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        for command in main.commands.values():
+            ctx.invoke(command)
+
+
+@main.command(help="Reading a shard set, beside raw reads and the peers' formats.")
+@click.option("--points", "num_points", default=1536, show_default=True, help="393 kB each, once per format on disk")
+@click.option("--rounds", "num_rounds", default=7, show_default=True)
+@click.option("--receipts", "num_receipts", default=20_000, show_default=True, help="of the set that is only opened")
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+@click.option("--keep", is_flag=True, help="leave the formats on disk")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="write every single figure there")
+def store(
+    num_points: int, num_rounds: int, num_receipts: int, out_dir: Path, keep: bool, json_path: Path | None
+) -> None:
+    from tests.bench.report import store_report
+
+    folder = out_dir / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        figures = store_report(folder, num_points, num_rounds, num_receipts)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if json_path:
+        json_path.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

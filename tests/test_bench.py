@@ -1,0 +1,50 @@
+"""The bench measures readers of the same values: what each gives back is compared with what it was given."""
+
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bench.costs import allocated_per_step, open_many
+from tests.bench.report import goals, made_points, make_readers, ours
+from tests.bench.rounds import BATCH, measure, table
+
+# webdataset leaves its tar files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+NUM_POINTS = 6 * BATCH
+"""More than one shard, whose last one is not full."""
+
+
+def test_every_reader_gives_back_what_it_was_given_once_each(tmp_path: Path) -> None:
+    points = made_points(NUM_POINTS, (3, 4, 8, 8))
+    readers, _ = make_readers(tmp_path)
+    assert {"raw preadv", "ours, zarr", "ours, tar"} <= {reader.name for reader in readers}
+    for reader in readers:
+        reader.write(points)
+        reader.open()
+        seen = []
+        for numbers, values in reader.epoch(np.random.default_rng(1).permutation(NUM_POINTS)):
+            torch.testing.assert_close(values, torch.from_numpy(points[numbers]), rtol=0, atol=0, msg=reader.name)
+            seen += numbers.tolist()
+        reader.close()
+        assert sorted(seen) == list(range(NUM_POINTS)), reader.name
+
+
+def test_the_table_names_every_reader_and_the_goals_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.bench.rounds.ENOUGH_S", 0.0)
+    points = made_points(NUM_POINTS, (3, 4, 8, 8))
+    readers, absent = make_readers(tmp_path / "store")
+    for reader in readers:
+        reader.write(points)
+    rounds = measure(readers, copy(readers[0]), NUM_POINTS, num_rounds=1)
+    text = "\n".join(table(rounds, points[0].nbytes))
+    assert all(reader.name in text for reader in readers)
+    assert not any(name in text for name in absent)
+    opened = open_many(tmp_path / "many", 20)
+    allocated = {reader.name: allocated_per_step(reader, NUM_POINTS) for reader in ours(readers)}
+    lines = goals(rounds, opened, allocated)
+    assert all(line.startswith(("holds ", "MISSES ")) for line in lines)
+    for words in ("ours, zarr: share of raw", "ours, tar: share of raw", "webdataset", "20 receipts open, peak"):
+        assert any(words in line for line in lines), words

@@ -1,0 +1,117 @@
+"""A micro-batch on its way from the set into a slot, and the thread that reads it in this process. No torch.
+
+reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"))     or train/ring.py's Ring: processes
+slot = reader.slot(plan)                              once; used again and again
+part = Part(batch=17, slot=slot, samples=samples)
+reader.submit(part)                                   returns at once
+filled = reader.wait(part, deadline_s=300)            the slot holds it; what went wrong is raised here
+"""
+
+import mmap
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from common.errors import Partial
+from common.shards import ShardSet
+from train.order import Sample
+from train.slots import Filled, Filler, Slot, SlotPlan
+
+NOT_BEGUN = -1
+"""A reader's progress before its first row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What every reader of a run is told."""
+
+    text_rows: int
+    on_corrupt: str
+    library: bool = False
+    """Shards through zarr-python and tarfile, not by offset."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Part:
+    """One micro-batch; its reader sets `outcome`."""
+
+    batch: int
+    slot: Slot
+    samples: tuple[Sample, ...]
+    outcome: Filled | Exception | None = None
+    num_deaths: int = 0
+    """Of processes that were reading it."""
+
+    def result(self) -> Filled:
+        assert self.outcome is not None
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def at(self, row: int) -> str:
+        """What a reader is doing that has come to `row`."""
+        sample = self.samples[max(row, 0)]
+        name = f"item {sample.receipt.item}, record number {sample.record}, point {sample.point}"
+        return f"starting, to read {name}" if row == NOT_BEGUN else f"reading {name}"
+
+
+class PartReader(Protocol):
+    def slot(self, plan: SlotPlan) -> Slot: ...
+
+    def submit(self, part: Part) -> None: ...
+
+    def wait(self, part: Part, *, deadline_s: float) -> Filled: ...
+
+    def close(self) -> None: ...
+
+
+class ThreadReader:
+    """Fills parts in the order in which they come."""
+
+    def __init__(self, shards: ShardSet, options: Options) -> None:
+        self._filler = Filler(shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt)
+        self._progress = np.full(1, NOT_BEGUN, np.int64)
+        self._asked: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[Part] = queue.SimpleQueue()
+        self._closed = False
+        threading.Thread(target=self._run, name="feed", daemon=True).start()
+
+    def slot(self, plan: SlotPlan) -> Slot:
+        memory = mmap.mmap(-1, plan.num_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # its first touch is a third of the first batch otherwise
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return Slot(plan, memory)
+
+    def submit(self, part: Part) -> None:
+        self._asked.put(part)
+
+    def wait(self, part: Part, *, deadline_s: float) -> Filled:
+        try:
+            answered = self._answered.get(timeout=deadline_s)
+        except queue.Empty:
+            raise late("the reading thread", part, int(self._progress[0]), deadline_s) from None
+        assert answered is part, "parts are waited for in the order in which they were submitted"
+        return part.result()
+
+    def close(self) -> None:
+        self._closed = True
+        self._asked.put(None)
+
+    def _run(self) -> None:
+        while (part := self._asked.get()) is not None and not self._closed:
+            try:
+                part.outcome = self._filler.fill(part.slot, part.samples, self._progress)
+            except Exception as error:  # whatever it is, who waits for the part raises it
+                part.outcome = error
+            self._answered.put(part)
+
+
+def late(who: str, part: Part, row: int, deadline_s: float) -> Partial:
+    return Partial(
+        wrong=f"{who} has not filled batch {part.batch} for {deadline_s:.0f} s",
+        found=part.at(row),
+        mend="look at the disk that holds the set, or raise deadline_s; then run again",
+    )

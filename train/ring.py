@@ -1,0 +1,189 @@
+"""A ring of slots in shared memory, filled by processes. A PartReader (train/reading.py); no torch.
+
+    ring = Ring(shards.path, 2, Options(text_rows=77, on_corrupt="stop"), say)
+    slot = ring.slot(plan)                        lies in the shared memory
+    ring.submit(Part(batch=17, slot=slot, samples=samples))     to the worker that has least to do
+    filled = ring.wait(part, deadline_s=300)
+
+    samples -> named in the slot -> a worker reads them into it -> its answer over the worker's own channel
+
+The memory is a file without a name: whoever dies, nothing stays in /dev/shm. A worker that dies closes its channel:
+it is heard at once, replaced, and its parts are read again. A worker whose parent died hears the same and ends.
+"""
+
+import contextlib
+import dataclasses
+import json
+import mmap
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import common.errors
+from common.errors import BadUsage, Fault, Partial
+from common.record import Array
+from train.reading import NOT_BEGUN, Options, Part, late
+from train.ring_worker import PROGRESS_BYTES, progress_of
+from train.slots import Filled, Slot, SlotPlan
+
+MAX_DEATHS = 3
+"""Of workers at one and the same part."""
+MAX_WORKERS = PROGRESS_BYTES // 8
+_ROOT = Path(__file__).parent.parent
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # glibc gives what a decoder frees back to the kernel, and zeroed pages cost five times the decoding.
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
+Say = Callable[..., None]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Hand:
+    """A worker as its parent sees it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    channel: Connection
+    progress: Array  # [1] int64
+    parts: deque[Part] = field(default_factory=deque)
+    """Given to it and not answered yet; it is at the first one."""
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (pid {self.process.pid})"
+
+    def end(self) -> int:
+        self.channel.close()
+        self.process.kill()
+        return self.process.wait()
+
+
+class Ring:
+    """The workers and the memory that they fill."""
+
+    def __init__(self, set_path: Path, num_workers: int, options: Options, say: Say) -> None:
+        if not hasattr(os, "memfd_create") or num_workers > MAX_WORKERS:
+            raise BadUsage(
+                wrong=f"read_workers: {num_workers} is not possible here",
+                found=f"{sys.platform}, at most {MAX_WORKERS} and only on Linux",
+                mend="set read_workers: 0 to read in process",
+            )
+        self._set_path, self._options, self._say = set_path, options, say
+        self._memory_fd = os.memfd_create("wan-lite ring")
+        self._num_bytes = 0
+        self._tasks: dict[int, bytes] = {}
+        self._grow(PROGRESS_BYTES)
+        self._poll = select.poll()
+        self._hands = {number: self._start(number) for number in range(num_workers)}
+
+    def slot(self, plan: SlotPlan) -> Slot:
+        offset = self._grow(plan.num_bytes)
+        task = {"offset": offset, "size": plan.size, "num_samples": plan.num_samples}
+        self._tasks[offset] = json.dumps(task).encode()
+        return Slot(plan, mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset), offset=offset)
+
+    def submit(self, part: Part) -> None:
+        part.slot.request[:] = [(stem.encode(), record, point) for (stem, record, point) in _named(part)]
+        self._give(min(self._hands.values(), key=lambda hand: len(hand.parts)), part)
+
+    def wait(self, part: Part, *, deadline_s: float) -> Filled:
+        until = time.monotonic() + deadline_s
+        self._hear(0)
+        while part.outcome is None:
+            left = until - time.monotonic()
+            if left <= 0 or not self._hear(left):
+                hand = next(hand for hand in self._hands.values() if part in hand.parts)
+                raise late(str(hand), hand.parts[0], int(hand.progress[0]), deadline_s)
+        return part.result()
+
+    def close(self) -> None:
+        for hand in self._hands.values():
+            hand.end()
+        if self._hands:
+            os.close(self._memory_fd)
+        self._hands = {}
+
+    def _grow(self, num_bytes: int) -> int:
+        """Where that much more begins. Pages that nobody has touched take no memory."""
+        offset = self._num_bytes
+        self._num_bytes += -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        os.ftruncate(self._memory_fd, self._num_bytes)
+        return offset
+
+    def _start(self, number: int) -> Hand:
+        here, there = Pipe()
+        progress = progress_of(self._memory_fd, number)
+        progress[0] = NOT_BEGUN
+        options = json.dumps(dataclasses.asdict(self._options))
+        words = [self._set_path, self._memory_fd, there.fileno(), number, options]
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train.ring_worker", *map(str, words)],
+            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
+            pass_fds=(self._memory_fd, there.fileno()),
+            stdin=subprocess.DEVNULL,
+        )
+        there.close()
+        self._poll.register(here, select.POLLIN)
+        return Hand(number=number, process=process, channel=here, progress=progress)
+
+    def _give(self, hand: Hand, part: Part) -> None:
+        hand.parts.append(part)
+        with contextlib.suppress(OSError):  # it is dead: heard when its channel is read
+            hand.channel.send_bytes(self._tasks[part.slot.offset])
+
+    def _hear(self, timeout_s: float) -> bool:
+        """One message of each worker that has something to say; False when none had."""
+        ready = {fd for fd, _ in self._poll.poll(timeout_s * 1000)}
+        for hand in [hand for hand in self._hands.values() if hand.channel.fileno() in ready]:
+            try:
+                answer = json.loads(hand.channel.recv_bytes())
+            except (EOFError, ConnectionError):
+                self._replace(hand)
+            else:
+                hand.parts.popleft().outcome = _outcome(answer)
+        return bool(ready)
+
+    def _replace(self, dead: Hand) -> None:
+        """What it had not answered is read again, by a new one."""
+        self._poll.unregister(dead.channel)
+        code = dead.end()
+        doing = dead.parts[0].at(int(dead.progress[0])) if dead.parts else "waiting"
+        self._say(f"{dead} died and is replaced", exit=code, was=doing)
+        if dead.parts:
+            self._count_death(dead.parts, doing)
+        hand = self._hands[dead.number] = self._start(dead.number)
+        for part in dead.parts:
+            self._give(hand, part)
+
+    def _count_death(self, parts: deque[Part], doing: str) -> None:
+        part = parts[0]
+        part.num_deaths += 1
+        if part.num_deaths == MAX_DEATHS:
+            parts.popleft().outcome = Partial(
+                wrong=f"{MAX_DEATHS} workers died one after the other while they read batch {part.batch}",
+                found=f"the last one was {doing}",
+                mend="see what they wrote above and whether memory is short, verify the set; or set read_workers: 0",
+            )
+
+
+def _named(part: Part) -> list[tuple[str, int, int]]:
+    return [(sample.receipt.stem, sample.record, sample.point) for sample in part.samples]
+
+
+def _outcome(answer: Any) -> Filled | Fault:
+    if isinstance(answer, list):
+        return Filled(*answer)
+    fault: type[Fault] = getattr(common.errors, answer["fault"])
+    return fault(wrong=answer["wrong"], found=answer["found"], mend=answer["mend"])
