@@ -20,6 +20,8 @@ class TeacherConfig(Section):
     """What is computed in; modules that a model keeps in float32 stay so."""
     prepared: Path | None = None
     """Where the weights are kept converted (`python -m harvest prepare`); made there if need be, used when fresh."""
+    rehash: bool = False
+    """Take a prepared teacher's fingerprint from its bytes again, not from what was written down while preparing."""
     device: str = "auto"
     threads: PositiveInt | None = None
     """Of the CPU; None: as torch has it."""

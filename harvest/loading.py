@@ -174,7 +174,7 @@ def sources_of(part: Component, model: Any) -> dict[str, StoredTensor]:
     """Each tensor's stored piece, by its own name or that of the tensor it is tied to."""
     stored = {name: tensor for path in part.files for name, tensor in read_header(path).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = dict(getattr(model, "_tied_weights_keys", None) or {})
+    tied = tied_names(model)
     twins = tied | {target: name for name, target in tied.items()}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     odd = {
@@ -199,19 +199,28 @@ def _require_whole(part: Component, model: Any) -> None:
             raise Refused(wrong=f"{part.name} did not load whole", found=f"no data for {key}", mend="fetch it again")
 
 
-def fingerprint(models: Iterable[Any]) -> str:
-    """sha256 over `model/name dtype shape sha256(bytes)` of all tensors, sorted by name: folders that load to the
-    same tensors agree, whatever their files. Tensors are hashed by several threads."""
-    named = [(number, *entry) for number, model in enumerate(models) for entry in model.state_dict().items()]
+def fingerprint(networks: Iterable[Mapping[str, str]]) -> str:
+    """sha256 over `network/tensor dtype shape sha256(bytes)`, sorted: folders that load to the same tensors agree,
+    whatever their files. Takes what `tensor_digests` says of each network."""
+    lines = (f"{number}/{name} {told}" for number, digests in enumerate(networks) for name, told in digests.items())
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
-    def line(entry: tuple[int, str, Tensor]) -> str:
-        number, name, tensor = entry
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        digest = hashlib.sha256(data).hexdigest()
-        return f"{number}/{name} {tensor.dtype} {'x'.join(map(str, tensor.shape))} {digest}"
 
+def tensor_digests(model: Any) -> dict[str, str]:
+    """`dtype shape sha256(bytes)` of each tensor of a loaded network, hashed by several threads."""
+    named = model.state_dict()
     with ThreadPoolExecutor(THREADS) as pool:
-        return hashlib.sha256("\n".join(sorted(pool.map(line, named))).encode()).hexdigest()
+        return dict(zip(named, pool.map(tensor_digest, named.values()), strict=True))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {'x'.join(map(str, tensor.shape))} {hashlib.sha256(data).hexdigest()}"
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Tensor -> the one that it is tied to."""
+    return dict(getattr(model, "_tied_weights_keys", None) or {})
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:

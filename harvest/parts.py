@@ -14,9 +14,9 @@ from common.errors import Refused
 from common.log import Log, gpu_label
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.folder import Resolved
-from harvest.loading import fingerprint, fingerprint_files, load_model, load_tokenizer
-from harvest.prepare import from_prepared, prepare
+from harvest.folder import Component, Resolved
+from harvest.loading import fingerprint, fingerprint_files, load_model, load_tokenizer, tensor_digests
+from harvest.prepare import from_prepared, prepare, prepared_digests
 from harvest.teacher import Fingerprints
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
@@ -42,14 +42,19 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     _require_embeddings(networks[TEXT_ENCODER])
     watch.moved(loading="fingerprints")
     tokenizer = resolved.components[TOKENIZER]
+    digests = {name: _digests(resolved.components[name], model, config) for name, model in networks.items()}
     prints = Fingerprints(
-        weights=fingerprint(network for name, network in networks.items() if name != TEXT_ENCODER),
-        text_encoder=fingerprint([networks[TEXT_ENCODER]]),
+        weights=fingerprint(told for name, told in digests.items() if name != TEXT_ENCODER),
+        text_encoder=fingerprint([digests[TEXT_ENCODER]]),
         tokenizer=fingerprint_files(path for path in tokenizer.folder.iterdir() if path.is_file()),
     )
     return Parts(
         device=device, dtype=dtype, networks=networks, tokenizer=load_tokenizer(tokenizer), fingerprints=prints
     )
+
+
+def _digests(part: Component, model: Any, config: TeacherConfig) -> dict[str, str]:
+    return prepared_digests(part, model) if part.prepared and not config.rehash else tensor_digests(model)
 
 
 def choose_device(wanted: str) -> str:

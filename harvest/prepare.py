@@ -4,7 +4,7 @@
     resolved = from_prepared(resolved, out_dir)          the same teacher, its weights taken from there
 
     out_dir/<component>/model.safetensors     in the dtypes that the component computes in
-    out_dir/prepared.json                     policy, source files with size and time, sha256 of each file: written last
+    out_dir/prepared.json                     policy, source files, digest of each tensor: written last
 
 Small staging buffers and several threads for bytes and casts; never a second copy of the weights in memory. A prepared
 component is then mapped and assigned, not read: several workers of a node share its pages.
@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,16 @@ from common.files import sweep, write_atomic
 from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
 from harvest.folder import Component, Resolved
-from harvest.loading import THREADS, TORCH_DTYPES, build, policy_dtype, read_tensor, sources_of
+from harvest.loading import (
+    THREADS,
+    TORCH_DTYPES,
+    build,
+    policy_dtype,
+    read_tensor,
+    sources_of,
+    tensor_digest,
+    tied_names,
+)
 
 MANIFEST_NAME, WEIGHTS_NAME = "prepared.json", "model.safetensors"
 POLICY_VERSION = 1
@@ -45,15 +54,15 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> 
     sizes = {part.name: _prepared_bytes(part, dtype) for part in todo}
     _require_room(out_dir, sum(sizes.values()))
     log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
-    digests = {}
+    told: dict[str, dict[str, Any]] = {}
     for part in todo:
         path = out_dir / part.name / WEIGHTS_NAME
-        running = hashlib.sha256()
-        write_atomic(path, _hashed(_stream(part, dtype), running))
+        tensors: dict[str, str] = {}
+        write_atomic(path, _stream(part, dtype, tensors))
         sweep(path.parent, older_than_s=3600.0)
-        digests[part.name] = {"sha256": running.hexdigest(), "bytes": path.stat().st_size}
+        told[part.name] = {"bytes": path.stat().st_size, "tensors": tensors}
         log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
-    manifest = {**_key(resolved, dtype), "components": digests}
+    manifest = {**_key(resolved, dtype), "components": told}
     write_atomic(out_dir / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
     return out_dir
 
@@ -65,6 +74,14 @@ def from_prepared(resolved: Resolved, out_dir: Path) -> Resolved:
         for name, part in resolved.components.items()
     }
     return replace(resolved, components=parts)
+
+
+def prepared_digests(part: Component, model: Any) -> dict[str, str]:
+    """What `tensor_digests` would say, from what was written down while preparing: no byte is read."""
+    path = part.files[0].parent.parent / MANIFEST_NAME
+    stored: dict[str, str] = json.loads(path.read_bytes())["components"][part.name]["tensors"]
+    tied = tied_names(model)
+    return {name: stored[tied.get(name, name)] for name in model.state_dict()}
 
 
 def is_fresh(resolved: Resolved, out_dir: Path, dtype: torch.dtype) -> bool:
@@ -104,8 +121,8 @@ def _prepared_bytes(part: Component, dtype: torch.dtype) -> int:
     return sum(math.prod(stored.shape) * target.itemsize for stored, target in _targets(part, dtype).values())
 
 
-def _stream(part: Component, dtype: torch.dtype) -> Iterator[memoryview | bytes]:
-    """The prepared file's bytes, a few tensors ahead of the disk."""
+def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str]) -> Iterator[memoryview | bytes]:
+    """The prepared file's bytes, a few tensors ahead of the disk; fills `digests` as they pass."""
     targets = _targets(part, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -116,11 +133,13 @@ def _stream(part: Component, dtype: torch.dtype) -> Iterator[memoryview | bytes]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that every tensor of a mapped file is aligned
     yield len(text).to_bytes(8, "little") + text
-    for tensor in _ahead([partial(read_tensor, stored, target) for stored, target in targets.values()]):
+    reads = [partial(read_tensor, stored, target) for stored, target in targets.values()]
+    for name, tensor in zip(targets, _ahead(reads), strict=True):
+        digests[name] = tensor_digest(tensor)
         yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _ahead(reads: list[Callable[[], Tensor]]) -> Iterator[Tensor]:
+def _ahead(reads: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
     """In order, THREADS of them under way."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = [pool.submit(read) for read in reads[:THREADS]]
@@ -129,12 +148,6 @@ def _ahead(reads: list[Callable[[], Tensor]]) -> Iterator[Tensor]:
             if number + THREADS < len(reads):
                 waiting.append(pool.submit(reads[number + THREADS]))
             yield tensor
-
-
-def _hashed(pieces: Iterator[memoryview | bytes], running: Any) -> Iterator[memoryview | bytes]:
-    for piece in pieces:
-        running.update(piece)
-        yield piece
 
 
 def _require_room(out_dir: Path, num_bytes: int) -> None:

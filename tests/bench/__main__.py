@@ -2,6 +2,7 @@
 
     python -m tests.bench                            everything, as `make bench` does
     python -m tests.bench store                      reading a shard set beside raw, webdataset, MDS, litdata, LMDB ...
+    python -m tests.bench loading                    half a billion parameters from disk, beside the library's own load
     python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
     python -m tests.bench store --json out/store.json --keep
 
@@ -49,6 +50,15 @@ def store(
             shutil.rmtree(folder, ignore_errors=True)
     if json_path:
         json_path.write_text(json.dumps(figures, indent=1))
+
+
+@main.command(help="A transformer into memory, beside the library's own load and a raw read.")
+@click.option("--rounds", "num_rounds", default=5, show_default=True)
+@click.option("--layers", default=12, show_default=True, help="46 million parameters each")
+def loading(num_rounds: int, layers: int) -> None:
+    from tests.bench.loading import run
+
+    click.echo("\n".join(run(rounds=num_rounds, layers=layers)))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from common.errors import Partial, Refused
 from common.files import TEMPORARY_PREFIX
 from common.log import Log
 from harvest.folder import Resolved, resolve
-from harvest.loading import fingerprint, load_model
-from harvest.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare
+from harvest.loading import load_model, tensor_digests
+from harvest.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare, prepared_digests
 from tests.harvest.test_loading import same_tensors, stock
 from tests.harvest.test_resume import as_file
 from tests.made import command, harvest_config, started, tree
@@ -44,10 +44,14 @@ def test_prepared_weights_are_the_stock_ones_bitwise(
     assert ready.components[name].kind == "prepared"
 
 
-def test_a_prepared_teacher_has_its_fingerprint(resolved: Resolved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PARTS)
+def test_a_prepared_teacher_has_its_fingerprint(resolved: Resolved, tmp_path: Path, name: str) -> None:
+    """From the manifest, from its bytes, and as the unprepared one has it."""
     ready = from_prepared(resolved, quietly(resolved, tmp_path / "out"))
-    models = [load_model(r.components["transformer"], BF16) for r in (resolved, ready)]
-    assert fingerprint(models[:1]) == fingerprint(models[1:])
+    part = ready.components[name]
+    model = load_model(part, BF16)
+    plain = load_model(resolved.components[name], BF16)
+    assert prepared_digests(part, model) == tensor_digests(model) == tensor_digests(plain)
 
 
 def test_what_is_fresh_is_left_alone_and_what_is_stale_made_again(resolved: Resolved, tmp_path: Path) -> None:
