@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CONFIG ?=
 GPUS ?=
-DEMO_TEACHER := out/demo/teacher
+DEMO_TEACHER := configs/teachers/shapes
 DEMO_STUDENT := configs/students/demo.json
 
 .DEFAULT_GOAL := menu
@@ -25,7 +25,6 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## harvest (interrupted once, resumed), train, sample: a picture in minutes, on two CPU cores
 	@rm -rf out/demo
-	@$(BIN)/python -m tests.micro $(DEMO_TEACHER) 2>/dev/null
 	@echo "--- 1. harvest; killed with SIGKILL after its second shard"
 	@$(BIN)/python -m harvest run configs/harvest/demo.yaml & pid=$$!; \
 	  until [ "$$(ls out/demo/set/receipts 2>/dev/null | grep -c json)" -ge 2 ]; do \

@@ -203,9 +203,3 @@ def save_part(model: Any, folder: Path, variant: str | None, **options: Any) -> 
     """Saves one component; under `variant="fp16"` halved tensors in files that bear the variant's name."""
     model = model.half() if variant == "fp16" else model
     model.save_pretrained(folder, variant=variant, **options)
-
-
-if __name__ == "__main__":  # python -m tests.micro FOLDER: a micro Wan on disk, as `make demo` wants it
-    import sys
-
-    write_micro_wan(Path(sys.argv[1]))
