@@ -94,7 +94,7 @@ class Extents:
         return Corrupt(
             wrong=f"{self._name(index)} in {self.path} is not what was written",
             found=found,
-            mend="run `python -m harvest repair SET` where the teacher is, or copy the shard again",
+            mend="copy its shard again, or remove its receipt and shard and harvest again",
         )
 
     def close(self) -> None:

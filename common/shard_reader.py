@@ -64,7 +64,7 @@ def damaged(receipt: Receipt, part: str, found: str) -> Corrupt:
     return Corrupt(
         wrong=f"item {receipt.item} ({receipt.stem}): {part} is not what was written",
         found=found,
-        mend="copy the shard again, or run `python -m harvest repair` where the teacher is",
+        mend="copy its shard again, or remove its receipt and shard and harvest again",
     )
 
 

@@ -1,6 +1,6 @@
 """The harvest itself: load the teacher once, work the plan item by item, commit each.
 
-    harvest(config, log_lines=True) -> how many records were added
+    num_added = harvest(config)
 
 Killed at any moment, the same command goes on: an item is either committed or does not exist.
 """
@@ -20,8 +20,9 @@ from common.record import Contract, Numerics, Record
 from common.shards import QUARANTINE, RUNS, ShardSet
 from common.stop import StopRequest
 from common.watch import Watch
+from harvest.assets import leave_assets
 from harvest.config import HarvestConfig
-from harvest.folder import resolve
+from harvest.folder import Resolved, resolve
 from harvest.plan import WorkItem, make_plan
 from harvest.teacher import Fingerprints, Teacher, TeacherFacts
 from harvest.teachers import facts_of, load_teacher
@@ -44,7 +45,7 @@ def harvest(config: HarvestConfig, *, strict: bool = False) -> int:
         contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
         shards = ShardSet.create(config.out, contract)
         _say_numerics(shards, make_numerics(config, teacher), log, strict=strict)
-        _leave_assets(shards, resolved, teacher)
+        leave_assets(shards, resolved, teacher)
         watch.running()
         return _work(config, plan.items, list(plan.remaining(shards)), teacher, shards, watch, log, stop)
 
@@ -82,7 +83,7 @@ def _work(config: HarvestConfig, all_items: Sequence[WorkItem], items: Sequence[
         raise Partial(
             wrong=f"{num_bad} records were not finite",
             found=f"see {shards.path / QUARANTINE}",
-            mend="compute in bfloat16 or float32 and run `python -m harvest repair`",
+            mend="compute in bfloat16 or float32: into a new set, or into this one after removing that folder",
         )
     log.say("done", added=num_added)
     return num_added
@@ -146,7 +147,7 @@ def _say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) -
         log.say(f"the set holds shards of other numerics (this run | those): {told}")
 
 
-def _ready_teacher(config: HarvestConfig, resolved, watch: Watch, log: Log) -> Teacher:  # type: ignore[no-untyped-def]
+def _ready_teacher(config: HarvestConfig, resolved: Resolved, watch: Watch, log: Log) -> Teacher:
     import torch
 
     if config.teacher.threads:
@@ -157,12 +158,6 @@ def _ready_teacher(config: HarvestConfig, resolved, watch: Watch, log: Log) -> T
     if config.shift is not None and config.shift != teacher.facts.shift:
         log.say(f"shift {config.shift} as configured; the folder's own is {teacher.facts.shift}")
     return teacher
-
-
-def _leave_assets(shards: ShardSet, resolved, teacher: Teacher) -> None:  # type: ignore[no-untyped-def]
-    from harvest.assets import leave_assets
-
-    leave_assets(shards, resolved, teacher)
 
 
 def _without_bad(item: WorkItem, records: Sequence[Record], shards: ShardSet, log: Log) -> list[Record]:

@@ -127,7 +127,7 @@ def check_size(height: int, width: int, facts: TeacherFacts) -> None:
 
 
 def quarantined_keys(shards: ShardSet) -> set[str]:
-    """Keys whose records were not finite: not asked again until `repair`."""
+    """Keys whose records were not finite: not asked again until the note is removed."""
     folder = shards.path / QUARANTINE
     return {entry["key"] for path in sorted(folder.glob("[!.]*.json")) for entry in json.loads(path.read_bytes())}
 

@@ -33,7 +33,7 @@ def verify(set_path: Path, as_json: bool) -> None:
         raise Corrupt(
             wrong=f"{set_path} is damaged in {num_damages} files",
             found="see above",
-            mend="copy those shards again, or run `python -m harvest repair` where the teacher is",
+            mend="copy those shards again, or remove their receipts and shards and harvest again",
         )
     manifest = shards.manifest()
     whole = {"shards": len(manifest.receipts), "records": manifest.num_records, "bytes": manifest.num_bytes}

@@ -250,3 +250,14 @@ def test_a_users_slip_is_named_with_what_would_do(old: str, new: str, said: str,
 def test_an_image_to_video_teacher_is_refused() -> None:
     with pytest.raises(BadUsage, match="image"):
         StudentConfig.from_wan_config(TRANSFORMER | {"image_dim": 1280})
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/students").glob("*.json")), ids=str)
+def test_presets_are_students(path: Path) -> None:
+    """And those whose name says how large they are, are."""
+    config = read_student_json(path)
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in WanLite(config).parameters())
+    said = path.stem.removesuffix("b").rpartition("_")[2]
+    if path.stem.endswith("b") and said.replace(".", "").isdigit():
+        assert abs(num_parameters / 1e9 - float(said)) < 0.06, f"{num_parameters / 1e9:.2f} billion"
