@@ -66,6 +66,7 @@ def test_killed_workers_are_named_replaced_and_change_nothing(shards: ShardSet, 
             if number % 5 == 2:
                 killed.append(pids(source)[number % workers])
                 os.kill(killed[-1], signal.SIGKILL)
+                assert gone(killed[-1:])  # a signal takes its time: only of the gone can it be noticed
         first, last = set(killed), pids(source)
     assert len(first) == 3 and not first & set(last)
     for pid in killed:
