@@ -138,14 +138,20 @@ def fold(receipts_dir: Path, shards_dir: Path) -> Manifest:
     absent: list[str] = []
     folder = f"{shards_dir}/"
     for path in receipt_paths(receipts_dir):
-        try:
-            receipt = Receipt.read(path)
-            stem = folder + receipt.stem
-            whole = all(os.stat(stem + name).st_size == facts[0] for name, facts in receipt.files.items())
-        except (Corrupt, OSError):
-            whole = False
-        here.append(receipt) if whole else absent.append(os.path.basename(path)[: -len(".json")])
+        receipt = whole_receipt(path, folder)
+        here.append(receipt) if receipt else absent.append(os.path.basename(path)[: -len(".json")])
     return Manifest(receipts=tuple(here), absent=tuple(absent))
+
+
+def whole_receipt(path: Path | str, shards_folder: str) -> Receipt | None:
+    """The receipt, if it is valid and its shard stands whole below `shards_folder` (which ends in a slash)."""
+    try:
+        receipt = Receipt.read(path)
+        stem = shards_folder + receipt.stem
+        whole = all(os.stat(stem + name).st_size == facts[0] for name, facts in receipt.files.items())
+    except (Corrupt, OSError):
+        return None
+    return receipt if whole else None
 
 
 def receipt_paths(receipts_dir: Path) -> list[str]:

@@ -9,7 +9,6 @@ set/ contract.json  receipts/<item>.json  shards/<item>-<digest>.zarr|.tar+.idx 
 """
 
 import base64
-import contextlib
 import errno
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from common.encoding import encoding_of
 from common.errors import BadUsage, Corrupt, Refused
 from common.extents import crc32c
 from common.files import sweep, sync_folder, write_atomic, write_folder
-from common.manifest import MAX_RECORDS, Manifest, Receipt, fold
+from common.manifest import MAX_RECORDS, Manifest, Receipt, fold, whole_receipt
 from common.record import Array, Contract, Numerics, Record
 from common.shard_header import PackedShard, pack_records, three_digits
 from common.shard_reader import CONTAINERS, ShardReader, open_shard
@@ -104,8 +103,9 @@ class ShardSet:
     def commit_packed(self, shard: PackedShard, container: str) -> Receipt:
         """The same for a shard that is packed already, as when it changes its container."""
         receipt_path = self.receipt_path(shard.header.item)
-        with contextlib.suppress(OSError, Corrupt):  # none yet, or a damaged one, which is replaced
-            return Receipt.read(receipt_path)
+        committed = whole_receipt(receipt_path, f"{self.shards_dir}/")
+        if committed:  # a damaged receipt, or one whose shard is gone, is none
+            return committed
         files = CONTAINERS[container].pack(shard)
         receipt = make_receipt(shard, self.contract, container, files)
         self.place(receipt, files)

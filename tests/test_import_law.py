@@ -66,3 +66,13 @@ def test_help_answers_at_once(room: str) -> None:
         return time.perf_counter() - began
 
     assert min(seconds() for _ in range(4)) < 0.5
+
+
+@pytest.mark.parametrize(("module", "is_error"), [("train.order", True), ("common", True), ("commonplace", False)])
+def test_a_warning_of_our_own_is_an_error(module: str, is_error: bool) -> None:
+    import warnings
+
+    code = compile("import warnings; warnings.warn('probe', UserWarning)", "probe", "exec")
+    expected = pytest.raises(UserWarning, match="probe") if is_error else warnings.catch_warnings(record=True)
+    with expected:
+        exec(code, {"__name__": module})

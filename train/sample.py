@@ -10,7 +10,6 @@ The text encoder is not needed: the set holds the texts.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,6 @@ from train.vae import load_vae
 GRID = "flow_match"
 """What the export's scheduler walks, too."""
 GAP = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    record: Record
-    latents: Tensor  # [C, H, W]
 
 
 def sample(run_dir: Path, *, num: int, steps: int, device: str = "cpu") -> Image.Image:

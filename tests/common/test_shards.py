@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,23 @@ class TestCommit:
         assert ShardSet.open(shards.path).manifest().num_records == 0
         shards.commit([made_record(number) for number in range(3)], NUMERICS)
         assert tree(shards.path) == before
+
+    @pytest.mark.parametrize("container", ["zarr", "tar"])
+    def test_a_receipt_whose_shard_is_gone_commits_nothing(self, tmp_path: Path, container: str) -> None:
+        """Worked again, the item is written again, byte for byte; a torn one is named, never taken for done."""
+        records = [made_record(number) for number in range(3)]
+        shards = ShardSet.create(tmp_path / "set", made_contract())
+        receipt = shards.commit(records, NUMERICS, container=container)
+        before = tree(shards.path)
+        for path in shards.shards_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert shards.manifest().absent == (receipt.item,)
+        assert shards.commit(records, NUMERICS, container=container) == receipt
+        assert tree(shards.path) == before and shards.manifest().receipts == (receipt,)
+        part = next(iter(receipt.paths(shards.shards_dir).values()))
+        part.write_bytes(part.read_bytes()[:-1])
+        with pytest.raises(Corrupt, match="remove"):
+            shards.commit(records, NUMERICS, container=container)
 
     def test_an_altered_leftover_is_not_adopted(self, tmp_path: Path) -> None:
         shards, receipt = committed(tmp_path / "set", [made_record(number) for number in range(3)])
