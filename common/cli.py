@@ -7,12 +7,28 @@ a Fault as one line.
 """
 
 import importlib
+import re
 import sys
 from typing import Any, NamedTuple
 
 import click
 
 from common.errors import Fault
+
+
+class Duration(click.ParamType):
+    """30m, 2h, 1h30m, 90s or 90: seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", str(value))
+        if not value or parts is None:
+            self.fail(f"{value!r} is not a time; say for example 30m, 2h or 90s", param, ctx)
+        hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+        return 3600 * hours + 60 * minutes + seconds
 
 
 class Command(NamedTuple):

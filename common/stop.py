@@ -1,20 +1,23 @@
-"""Stopping on request: SIGTERM and SIGINT ask once, politely; a second one is obeyed at once.
+"""Stopping on request: SIGTERM and SIGINT ask once, politely; a second one is obeyed at once. A time limit asks too.
 
-stop = StopRequest()
+stop = StopRequest(limit_s=1800)
 if stop.asked: ...; raise stop.fault()      or stop.check() where nothing has to be put away first
 """
 
 import signal
+import time
 from types import FrameType
 from typing import Any, Self
 
 from common.errors import Stopped
+from common.log import human_seconds
 
 
 class StopRequest:
     """The two signals are ours while it is entered, in the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float | None = None) -> None:
+        self._limit_s, self._began = limit_s, time.monotonic()
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -29,11 +32,20 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        return self._signal is not None
+        return self._signal is not None or self._out_of_time
+
+    @property
+    def _out_of_time(self) -> bool:
+        return self._limit_s is not None and time.monotonic() - self._began > self._limit_s
 
     def fault(self) -> Stopped:
-        name = signal.Signals(self._signal).name if self._signal is not None else "asked by another process"
-        return Stopped(wrong="stopped on request", found=name, mend="run the same command again: it goes on from here")
+        if self._signal is not None:
+            why = signal.Signals(self._signal).name
+        elif self._limit_s is not None and self._out_of_time:
+            why = f"the time limit of {human_seconds(self._limit_s)}"
+        else:
+            why = "asked by another process"
+        return Stopped(wrong="stopped on request", found=why, mend="run the same command again: it goes on from here")
 
     def check(self) -> None:
         if self.asked:
