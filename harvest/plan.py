@@ -15,11 +15,14 @@ import numpy as np
 
 from common.encoding import BLOCK
 from common.errors import BadUsage
+from common.extents import CRC_BYTES
 from common.manifest import MAX_RECORDS
 from common.record import item_id, record_key
 from common.shards import MOVED, QUARANTINE, ShardSet
+from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.prompts import read_prompts, seed_of
+from harvest.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
 
 SHARD_BYTES = 256_000_000
@@ -59,8 +62,9 @@ class Plan:
     def num_records(self) -> int:
         return sum(len(item.questions) for item in self.items)
 
-    def remaining(self, shards: ShardSet) -> Iterator[WorkItem]:
-        """Items that still need work, shuffled, so that a set cut short is a fair sample of its prompts."""
+    def remaining(self, shards: ShardSet, part: Slice = WHOLE) -> Iterator[WorkItem]:
+        """Items that still need work, shuffled, so that a set cut short is a fair sample of its prompts; of them the
+        share of one worker."""
         manifest = shards.manifest()
         planned = {item.id for item in self.items}
         held = {
@@ -71,9 +75,9 @@ class Plan:
         }
         moved = moved_keys(shards)
         held |= quarantined_keys(shards) | {key for keys in moved.values() for key in keys}
-        for index in np.random.default_rng(ORDER_SEED).permutation(len(self.items)):
+        for place, index in enumerate(np.random.default_rng(ORDER_SEED).permutation(len(self.items))):
             item = self.items[index]
-            if item.id in manifest.by_item or item.id in moved:
+            if not part.holds(place) or item.id in manifest.by_item or item.id in moved:
                 continue
             left = tuple(question for question in item.questions if question.key not in held)
             if left:
@@ -111,7 +115,10 @@ def record_bytes(config: HarvestConfig, facts: TeacherFacts, height: int, width:
     side = facts.latent_stride
     state = facts.latent_channels * (height // side) * (width // side)
     point = {"float16": 6 * state, "float32": 12 * state, "int8-block64": 4 * state + 4 * -(-state // BLOCK)}
-    return config.keep * point[config.encoding] + state * (4 if config.encoding == "float32" else 2)
+    point_bytes = point[config.encoding]
+    if config.container == "zarr":
+        point_bytes = -(-(point_bytes + CRC_BYTES) // ALIGNMENT) * ALIGNMENT
+    return config.keep * point_bytes + state * (4 if config.encoding == "float32" else 2)
 
 
 def check_size(height: int, width: int, facts: TeacherFacts) -> None:

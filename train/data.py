@@ -22,10 +22,11 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from common.shards import ShardSet
-from train.order import Batch, Order, Size
+from train.filling import Filled
+from train.order import Batch, Order, Sample, Size
 from train.reading import Options, Part, PartReader, ThreadReader
 from train.ring import Ring
-from train.slots import Filled, Slot, SlotPlan
+from train.slots import Slot, SlotPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +50,15 @@ class Micro:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     micros: tuple[Micro, ...]
-    ids: tuple[str, ...]
+    samples: tuple[Sample, ...]
     """Of all ranks, in global order."""
     epoch: int
     cursor: dict[str, list[int]]
     """Where the order stands after this step."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(sample.id for sample in self.samples)
 
 
 class Tray:
@@ -77,7 +82,7 @@ class Ahead:
 
     trays: tuple[Tray, ...]
     parts: tuple[Part, ...]
-    ids: tuple[str, ...]
+    samples: tuple[Sample, ...]
     epoch: int
     cursor: dict[str, list[int]]
 
@@ -88,7 +93,7 @@ class Feed:
     def __init__(self, shards: ShardSet, order: Order, *, global_batch: int, micro_batch: int, rank: int, world: int,
                  deadline_s: float = 300.0, read_workers: int = 0, on_corrupt: str = "stop",
                  text_max_length: int | None = None, say: Callable[..., None] | None = None) -> None:  # fmt: skip
-        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/slots.py."""
+        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/filling.py."""
         self.num_micros = accumulation(global_batch, micro_batch, world)
         self.num_skipped, self.num_cut = 0, 0
         """Samples that were damaged, and such whose text was cut to text_max_length, as often as they came."""
@@ -132,8 +137,7 @@ class Feed:
             samples = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
             parts.append(Part(batch=self._num_submitted, slot=tray.slot, samples=samples))
             self._reader.submit(parts[-1])
-        ids = tuple(sample.id for sample in batch.samples)
-        self._ahead.append(Ahead(trays=trays, parts=tuple(parts), ids=ids, epoch=batch.epoch,
+        self._ahead.append(Ahead(trays=trays, parts=tuple(parts), samples=batch.samples, epoch=batch.epoch,
                                  cursor=self._order.cursor))  # fmt: skip
         self._num_submitted += 1
 
@@ -144,7 +148,7 @@ class Feed:
             if filled.skipped or filled.num_cut:
                 self._count(part, filled)
             micros.append(tray.micro(filled))
-        return Step(micros=tuple(micros), ids=ahead.ids, epoch=ahead.epoch, cursor=ahead.cursor)
+        return Step(micros=tuple(micros), samples=ahead.samples, epoch=ahead.epoch, cursor=ahead.cursor)
 
     def _trays_of(self, number: int, size: Size) -> tuple[Tray, ...]:
         if (number, size) not in self._trays:

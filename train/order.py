@@ -85,8 +85,8 @@ class Stream:
         begins = np.concatenate([[0], self._ends[:-1]])
         records, points = np.divmod(indices - begins[shards], self._num_points[shards])
         records = self._kept[self._first_kept[shards] + records]
-        rows = zip(shards.tolist(), records.tolist(), points.tolist(), strict=True)
-        return [Sample(self._receipts[shard], record, point) for shard, record, point in rows]
+        receipts = map(self._receipts.__getitem__, shards.tolist())
+        return list(map(Sample._make, zip(receipts, records.tolist(), points.tolist(), strict=True)))
 
 
 @dataclass(slots=True)

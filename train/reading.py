@@ -17,8 +17,9 @@ import numpy as np
 
 from common.errors import Partial
 from common.shards import ShardSet
+from train.filling import Filled, Filler
 from train.order import Sample
-from train.slots import Filled, Filler, Slot, SlotPlan
+from train.slots import Slot, SlotPlan
 
 NOT_BEGUN = -1
 """A reader's progress before its first row."""

@@ -30,9 +30,10 @@ from typing import Any
 import common.errors
 from common.errors import BadUsage, Fault, Partial
 from common.record import Array
+from train.filling import Filled
 from train.reading import NOT_BEGUN, Options, Part, late
 from train.ring_worker import PROGRESS_BYTES, progress_of
-from train.slots import Filled, Slot, SlotPlan
+from train.slots import Slot, SlotPlan
 
 MAX_DEATHS = 3
 """Of workers at one and the same part."""

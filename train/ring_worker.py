@@ -21,9 +21,10 @@ from common.errors import Fault, Refused
 from common.manifest import Receipt
 from common.record import Array
 from common.shards import ShardSet
+from train.filling import Filler
 from train.order import Sample
 from train.reading import Options
-from train.slots import Filler, Slot, SlotPlan
+from train.slots import Slot, SlotPlan
 
 PROGRESS_BYTES = 4096
 """At the start of the shared memory: for each worker, which row it is at."""

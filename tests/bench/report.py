@@ -1,6 +1,7 @@
 """The store part: who is measured, the table, and the goals line by line."""
 
 import dataclasses
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from tests.bench.costs import allocated_per_step, open_many
 from tests.bench.loaders import Litdata, Mds, MdsByNumber, Webdataset
 from tests.bench.peers import Lmdb, Safetensors, Tensorstore, ZarrPython
 from tests.bench.rounds import BATCH, Reader, Rounds, measure, middle, table, times
-from tests.bench.store import BareReader, OurReader, RawReader
+from tests.bench.store import BareReader, FeedReader, OurReader, RawReader
 
 POINT_SHAPE = (3, 16, 64, 64)
 """latents, cond, uncond of a 512 x 512 picture."""
 SHUFFLED, FIRST_EPOCH, FIRST_BATCH_MS = 0.90, 0.45, 50
+RING, RING_CPU = 1.0, 0.10
 WITH_A_FOLDER: tuple[Any, ...] = (Safetensors, Lmdb, Litdata, Mds, MdsByNumber, Webdataset)
 ON_OUR_ZARR: tuple[Any, ...] = (Tensorstore, ZarrPython)
 TIMES: dict[Any, float] = {Webdataset: 9, Mds: 7, Litdata: 3, Lmdb: 2}
@@ -39,7 +41,8 @@ def store_report(folder: Path, num_points: int, num_rounds: int, num_receipts: i
         print(f"{name}: not installed")
     opened = open_many(folder / "many", num_receipts)
     allocated = {reader.name: allocated_per_step(reader, num_points) for reader in ours(readers)}
-    print("\n" + "\n".join(goals(rounds, opened, allocated)))
+    rings = [reader for reader in readers if isinstance(reader, FeedReader) and reader.num_workers]
+    print("\n" + "\n".join(goals(rounds, opened, allocated, rings)))
     turns = {name: [dataclasses.asdict(turn) for turn in of_one] for name, of_one in rounds.items()}
     return {"turns": turns, "opened": opened, "allocated_per_step": allocated, "not_installed": absent}
 
@@ -54,6 +57,7 @@ def make_readers(folder: Path) -> tuple[list[Reader], list[str]]:
     """Those that can be made here, and the names of those that cannot."""
     zarr, tar = OurReader(folder / "zarr", "zarr"), OurReader(folder / "tar", "tar")
     readers: list[Reader] = [RawReader(folder / "raw"), zarr, BareReader(zarr), tar, BareReader(tar)]
+    readers += [FeedReader(container, workers) for container in (zarr, tar) for workers in (0, 2)]
     absent = []
     for number, peer in enumerate((*WITH_A_FOLDER, *ON_OUR_ZARR)):
         peer_dir = folder / f"peer-{number}"
@@ -69,7 +73,9 @@ def ours(readers: list[Reader]) -> list[OurReader]:
     return [reader for reader in readers if isinstance(reader, OurReader)]
 
 
-def goals(rounds: Rounds, opened: dict[str, float], allocated: dict[str, int]) -> list[str]:
+def goals(
+    rounds: Rounds, opened: dict[str, float], allocated: dict[str, int], rings: Sequence[FeedReader]
+) -> list[str]:
     """One line each: holds or misses, what was wanted, what was found."""
     lines = []
 
@@ -86,6 +92,9 @@ def goals(rounds: Rounds, opened: dict[str, float], allocated: dict[str, int]) -
                 line(f"{name}: times {peer.name}", times(rounds, name, peer.name), wanted)
         line(f"{name}: first batch, ms", middle(turns, "first_batch_s") * 1e3, FIRST_BATCH_MS, at_most=True)
         line(f"{name}: bytes allocated by a step", allocated[name], TRANSIENT_BYTES, at_most=True)
+    for ring in rings:
+        line(f"{ring.name}: share of raw", middle(rounds[ring.name], "share"), RING)
+        line(f"{ring.name}: of the asking thread's time, CPU", ring.cpu_s / ring.wall_s, RING_CPU, at_most=True)
     many = f"{opened['receipts']:.0f} receipts open"
     line(f"{many} ({opened['cpu_s']:.2f} s of CPU), s", opened["seconds"], OPEN_S, at_most=True)
     line(f"{many}, peak MB", opened["peak_mb"], OPEN_MB, at_most=True)
