@@ -121,7 +121,7 @@ class Found(NamedTuple):
     """Where a sample is."""
 
     shard: Shelved
-    index: int
+    place: int
     """Of its point in the shard."""
     name: TextName
     text: Text
