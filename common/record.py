@@ -118,7 +118,9 @@ class Contract:
     latent_dtype: str
     """The state is rounded to it at every step before the teacher sees it."""
     source: str
+    """Where the states come from. trajectory: the teacher's own path; renoise: its end point under fresh noise."""
     solver: str
+    """euler, or the folder's own scheduler: its class, then its settings."""
     jitter: bool
     steps: int
     keep: int

@@ -114,6 +114,9 @@ def vp_grid(num_steps: int, levels: tuple[Any, Any], *, jitter_seed: int | None 
 
 def contract_grid(contract: Contract, seed: int) -> Grid:
     """The grid that a record of a set walks."""
+    if contract.solver != EULER:
+        walk = GRIDS[FOLDER_SOLVERS[contract.solver.split()[0]]]
+        return walk(contract.steps, contract.shift, train_steps=contract.train_steps)
     jitter_seed = seed if contract.jitter else None
     if contract.noise == "flow":
         steps, boundary = contract.train_steps, contract.boundary
@@ -123,7 +126,10 @@ def contract_grid(contract: Contract, seed: int) -> Grid:
     return vp_grid(contract.steps, levels, jitter_seed=jitter_seed)
 
 
-GRIDS = {"euler": euler_grid, "flow_match": flow_match_grid, "unipc": unipc_grid}
+EULER = "euler"
+GRIDS = {EULER: euler_grid, "flow_match": flow_match_grid, "unipc": unipc_grid}
+FOLDER_SOLVERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "flow_match"}
+"""Contract.solver's first word -> the grid that it walks."""
 
 
 def expert_of(timesteps: Any, boundary: float | None, *, train_steps: int = 1000) -> NDArray[np.uint8]:
@@ -161,6 +167,11 @@ def from_x0_noise(kind: str, x0: Any, noise: Any, a: Any, b: Any) -> Any:
 def seeded_noise(seed: int, shape: tuple[int, ...]) -> Float32:
     """The Gaussian that belongs to a seed, on any machine (Philox, float32): training can redraw it."""
     return _generator(seed, stream=0).standard_normal(shape, dtype=np.float32)
+
+
+def renoise_noise(key: str, step: int, shape: tuple[int, ...]) -> Float32:
+    """Fresh noise for one point of a record, another for each step."""
+    return _generator(int(key, 16), stream=1000 + step).standard_normal(shape, dtype=np.float32)
 
 
 def kept_steps(

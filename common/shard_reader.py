@@ -41,6 +41,9 @@ class ShardReader(Protocol):
     def read_text(self, prompt: int) -> Array:
         """[L, D] of a distinct prompt."""
 
+    def read_final(self, record: int) -> Array:
+        """[C, H, W]"""
+
     def packed(self) -> PackedShard:
         """All of it in memory."""
 
@@ -93,13 +96,13 @@ class OffsetReader:
         return PackedShard(
             header=self.header,
             points=np.stack([self._points(index) for index in range(self.receipt.num_records)]),
-            final=np.stack([self._final(index) for index in range(self.receipt.num_records)]),
+            final=np.stack([self.read_final(index) for index in range(self.receipt.num_records)]),
             text=np.concatenate([self.read_text(prompt) for prompt in range(len(self.header.prompts))]),
         )
 
     def record(self, index: int) -> Record:
         """Only this record is read."""
-        points, final = self._points(index), self._final(index)
+        points, final = self._points(index), self.read_final(index)
         text = self.read_text(self.header.prompt_of[index])
         return make_record(self.header, index, self._contract, points=points, final=final, text=text)
 
@@ -109,9 +112,9 @@ class OffsetReader:
             self.read_point(index, point, points[point].data.cast("B"))
         return points
 
-    def _final(self, index: int) -> Array:
+    def read_final(self, record: int) -> Array:
         final = np.empty(self.layout.state_shape, self.layout.state_dtype)
-        self.tables.final.read(index, final.data.cast("B"))
+        self.tables.final.read(record, final.data.cast("B"))
         return final
 
     def _damaged(self, part: str, found: str) -> Corrupt:
@@ -137,6 +140,10 @@ class LibraryReader:
 
     def read_text(self, prompt: int) -> Array:
         return self._shard.text[self.header.text_rows(prompt)]
+
+    def read_final(self, record: int) -> Array:
+        final: Array = self._shard.final[record]
+        return final
 
     def packed(self) -> PackedShard:
         return self._shard

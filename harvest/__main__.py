@@ -20,6 +20,8 @@ main = LazyGroup(
         "run": Command("harvest.commands:run", "Harvest. The same command again goes on where it stopped."),
         "status": Command("harvest.commands:status", "What a set holds and who works on it, from the set alone."),
         "verify": Command("harvest.granary.commands:verify", "Every byte of a set against its checksums."),
+        "repair": Command("harvest.commands:repair", "Ask again for what is damaged or quarantined."),
+        "inspect": Command("harvest.commands:inspect", "One record in numbers, and the picture that was drawn."),
         "rebuild": Command("harvest.granary.commands:rebuild", "Lost receipts again, from the shards."),
         "convert": Command("harvest.granary.commands:convert", "The same records in another container."),
         "merge": Command("harvest.granary.commands:merge", "One set out of several of one contract."),

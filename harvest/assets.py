@@ -13,7 +13,7 @@ import numpy as np
 
 from common.files import write_atomic, write_folder
 from common.shards import ASSETS, ShardSet
-from harvest.folder import Resolved
+from harvest.loading.folder import Resolved
 from harvest.teacher import Teacher
 
 COPY_BYTES = 1 << 22

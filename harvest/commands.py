@@ -1,14 +1,19 @@
 """The harvest's commands: options in, one call, lines out. They import what they need when they are called."""
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 
+from common.cli import Duration
 from common.config import load_config
 from common.environment import prepare_environment
 from common.errors import BadUsage
 from harvest.config import HarvestConfig
+from harvest.old_options import as_overrides, wan_distiller
 
 overrides = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Lay a value over the file's.")
 config_file = click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
@@ -20,13 +25,34 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object 
 @config_file
 @overrides
 @click.option("--strict", is_flag=True, help="Refuse to add to a set whose shards were computed with other numerics.")
-def run(config_path: Path, overrides: tuple[str, ...], strict: bool) -> None:
+@click.option("--slice", "share", metavar="I/N", help="This process's share; a launcher's environment says it too.")
+@click.option("--time-limit", type=Duration(), metavar="30m", help="Stop after so long, as by a signal: exit code 75.")
+@click.option("--check", is_flag=True, help="One micro-batch through every stage, in a scratch set; then exit.")
+@click.option("--child-of", type=int, hidden=True)
+@wan_distiller
+def run(config_path: Path, overrides: tuple[str, ...], strict: bool, share: str | None, time_limit: float | None,
+        check: bool, child_of: int | None, **old: Any) -> None:  # fmt: skip
     """Harvest what CONFIG asks for. The same command again goes on where it stopped."""
-    config = load_config(HarvestConfig, config_path, overrides=overrides)
-    prepare_environment()
-    from harvest.loop import harvest
+    from harvest.running.slices import is_launched, see_own_gpu, slice_of
+    from harvest.running.workers import die_with, num_workers, supervise
 
-    harvest(config, strict=strict)
+    if child_of is not None:
+        die_with(child_of)
+    config = load_config(HarvestConfig, config_path, overrides=(*overrides, *as_overrides(old)))
+    prepare_environment()
+    part = slice_of(os.environ, share)
+    if share is None:
+        see_own_gpu(os.environ)
+    if check:
+        from harvest.running.check import check as checked
+
+        checked(config)
+    elif share is not None or is_launched(os.environ) or num_workers(config) == 1:
+        from harvest.running.loop import harvest
+
+        harvest(config, strict=strict, part=part, limit_s=time_limit)
+    else:
+        supervise(config, part, strict=strict, limit_s=time_limit)
 
 
 @click.command()
@@ -44,12 +70,54 @@ def plan(config_path: Path, overrides: tuple[str, ...]) -> None:
 @click.command()
 @set_folder
 @as_json
-def status(set_path: Path, as_json: bool) -> None:
+@click.option(
+    "--watch", "every_s", type=float, is_flag=False, flag_value=2.0, metavar="SECONDS", help="Again and again."
+)
+def status(set_path: Path, as_json: bool, every_s: float | None) -> None:
     """What SET holds and who works on it, from the set alone."""
     from harvest.status import lines, survey
 
-    facts = survey(set_path)
-    click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+    while True:
+        facts = survey(set_path)
+        if every_s and not as_json:
+            click.clear()
+        click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+        if not every_s:
+            return
+        time.sleep(every_s)
+
+
+@click.command()
+@set_folder
+@config_file
+@overrides
+def repair(set_path: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Ask the teacher of CONFIG again for the items of SET that hold damaged or quarantined records."""
+    config = load_config(HarvestConfig, config_path, overrides=overrides)
+    prepare_environment()
+    from harvest.granary.repair import repair as mended
+
+    for line in mended(config, set_path):
+        click.echo(line)
+
+
+@click.command()
+@set_folder
+@click.argument("key")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the picture goes: a .png.")
+def inspect(set_path: Path, key: str, out: Path | None) -> None:
+    """The record KEY of SET (the start of it will do): numbers per point and, with --out, its picture."""
+    from common.shards import ShardSet
+    from harvest.granary.look import describe, find, picture
+
+    shards = ShardSet.open(set_path)
+    record, receipt = find(shards, key)
+    for line in describe(record, receipt, shards.contract):
+        click.echo(line)
+    if out is not None:
+        prepare_environment()
+        picture(shards, record).save(out)
+        click.echo(f"picture  {out}")
 
 
 @click.command()
@@ -64,9 +132,9 @@ def prepare(config_path: Path, overrides: tuple[str, ...], out: Path | None) -> 
         raise BadUsage(wrong="--out", found="no teacher.prepared in the configuration", mend="say where to put it")
     prepare_environment()
     from common.log import Log
-    from harvest.folder import resolve
-    from harvest.parts import choose_dtype
-    from harvest.prepare import prepare as prepared
+    from harvest.loading.folder import resolve
+    from harvest.loading.parts import choose_dtype
+    from harvest.loading.prepare import prepare as prepared
 
-    resolved = resolve(config.teacher.folder, config.teacher.variant)
+    resolved = resolve(config.teacher.folder, config.teacher.variant, config.teacher.rest)
     prepared(resolved, target, choose_dtype(config.teacher.dtype, config.teacher.device), Log("harvest"))

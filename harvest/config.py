@@ -6,14 +6,20 @@ What the teacher's folder says of itself (boundary, channels, patch, latent scal
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from common.config import Section
+
+NUM_SEGMENTS = 4
+"""Whose edges are kept where nothing else is said."""
+PLACEMENTS = ("auto", "replicate", "swap", "balanced", "stream", "gpu0", "cpu")
 
 
 class TeacherConfig(Section):
     folder: Path
-    """A diffusers folder with a model_index.json."""
+    """A diffusers folder with a model_index.json, or the experts in Wan's original layout."""
+    rest: Path | None = None
+    """With the original layout: the diffusers folder that gives text encoder, tokenizer, VAE and scheduler."""
     variant: Literal["auto", "fp16", "none"] = "auto"
     """Which weight files are read; auto: the fp16 ones of a component that has them."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -21,8 +27,15 @@ class TeacherConfig(Section):
     prepared: Path | None = None
     """Where the weights are kept converted (`python -m harvest prepare`); made there if need be, used when fresh."""
     rehash: bool = False
-    """Take a prepared teacher's fingerprint from its bytes again, not from what was written down while preparing."""
+    """Take the fingerprint from the weights' bytes again, not from what was written down of these very files."""
     device: str = "auto"
+    placement: str | dict[str, str] = "auto"
+    """auto, replicate, swap, balanced, stream, gpu0, cpu (docs/placement.md), a map of modules to devices, or the
+    .json file that holds one."""
+    text_encoder: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where prompts are encoded; auto: on the GPU where it fits, if only for as long as it encodes."""
+    memory_budget: float = Field(default=0.9, gt=0, le=1)
+    """Of what is free when the teacher is loaded: never more is planned for, nor given by the GPU's allocator."""
     threads: PositiveInt | None = None
     """Of the CPU; None: as torch has it."""
     batched_guidance: bool = True
@@ -30,6 +43,13 @@ class TeacherConfig(Section):
     collapsed_padding: bool = True
     """Padding rows are equal, so two keys with a bias stand for all of them; and the texts' keys and values, which do
     not depend on the timestep, are computed once a micro-batch. Exact but for rounding; off for proofs."""
+
+    @field_validator("placement")
+    @classmethod
+    def _is_a_way(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(value, str) and value not in PLACEMENTS and not value.endswith(".json"):
+            raise ValueError(f"use one of {', '.join(PLACEMENTS)}, a map of modules to devices, or a .json file of one")
+        return value
 
 
 class PromptsConfig(Section):
@@ -49,8 +69,13 @@ class HarvestConfig(Section):
     """Walked by the solver."""
     keep: PositiveInt = 8
     """Of the steps, stored."""
-    keep_at: tuple[int, ...] = (0,)
-    """Steps that every record keeps."""
+    keep_at: tuple[int, ...] | None = None
+    """Steps that every record keeps; None: the first one and, where more than four are kept, the edges of four equal
+    segments, so that few-step students can be trained on them."""
+    source: Literal["trajectory", "renoise"] = "trajectory"
+    """renoise: the walk's end point under fresh noise at the kept levels, the teacher asked again there."""
+    solver: Literal["euler", "checkpoint"] = "euler"
+    """checkpoint: the scheduler that the folder brings, with its own grid."""
     jitter: bool = True
     """Each record walks its own noise levels, drawn within the strata of the grid."""
     shift: float | None = Field(default=None, gt=0)
@@ -66,6 +91,12 @@ class HarvestConfig(Section):
     """Records in one forward: part of the numerics, so it is never changed while running."""
     records_per_shard: PositiveInt | None = None
     """None: as many as fit into 256 MB."""
+    workers: PositiveInt | None = None
+    """Processes on this machine; None: one per GPU, one on a CPU. Under torchrun or srun: theirs."""
+    max_quarantined: float = Field(default=0.05, ge=0, le=1)
+    """Share of records that may be set aside (not finite, constant, exploding) before a worker stops."""
+    on_event: str | None = None
+    """A shell command for stall, quarantine, retired and done: HARVEST_EVENT and HARVEST_FACTS say which and what."""
     deadline_s: float = Field(default=600.0, gt=0)
     """A stage that does not move for so long is reported with every thread's stack."""
 
@@ -73,8 +104,18 @@ class HarvestConfig(Section):
     def _keeps_what_it_walks(self) -> Self:
         if self.keep > self.steps:
             raise ValueError(f"keep ({self.keep}) is more than steps ({self.steps}): keep at most all of them")
-        if any(not 0 <= step < self.steps for step in self.keep_at) or len(self.keep_at) > self.keep:
-            raise ValueError(f"keep_at {self.keep_at}: name at most {self.keep} steps from 0 to {self.steps - 1}")
+        pinned = self.pinned_steps
+        if any(not 0 <= step < self.steps for step in pinned) or len(pinned) > self.keep:
+            raise ValueError(f"keep_at {pinned}: name at most {self.keep} steps from 0 to {self.steps - 1}")
         if self.latent_dtype == "float32" and self.encoding != "float32":
             raise ValueError("latent_dtype float32 is stored whole: set encoding: float32 too")
+        if self.solver == "checkpoint" and self.jitter:
+            raise ValueError("solver checkpoint walks the folder's own grid: set jitter: false")
         return self
+
+    @property
+    def pinned_steps(self) -> tuple[int, ...]:
+        if self.keep_at is not None:
+            return self.keep_at
+        num_segments = NUM_SEGMENTS if self.keep > NUM_SEGMENTS else 1
+        return tuple(number * self.steps // num_segments for number in range(num_segments))

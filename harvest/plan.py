@@ -22,7 +22,7 @@ from common.shards import MOVED, QUARANTINE, ShardSet
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.prompts import read_prompts, seed_of
-from harvest.slices import WHOLE, Slice
+from harvest.running.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
 
 SHARD_BYTES = 256_000_000

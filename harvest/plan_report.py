@@ -5,16 +5,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import Fault
 from common.log import human_bytes
 from common.schedule import euler_grid, expert_of
 from harvest.config import HarvestConfig
-from harvest.folder import resolve
+from harvest.loading.folder import Resolved, resolve
 from harvest.plan import make_plan, record_bytes
-from harvest.teachers import facts_of
+from harvest.teacher import work_of
+from harvest.teachers import facts_of, placement_of
 
 
 def report(config: HarvestConfig) -> Iterator[str]:
-    resolved = resolve(config.teacher.folder, config.teacher.variant)
+    resolved = resolve(config.teacher.folder, config.teacher.variant, config.teacher.rest)
     facts = facts_of(resolved)
     plan = make_plan(config, facts)
     shift = config.shift or facts.shift
@@ -35,6 +37,15 @@ def report(config: HarvestConfig) -> Iterator[str]:
     free = shutil.disk_usage(_nearest_folder(config.out)).free
     total = sum(count * record_bytes(config, facts, *size) for size, count in sizes.items())
     yield f"disk      {human_bytes(total)} and the texts, of {human_bytes(free)} free"
+    yield from (f"placement {line}" for line in _placement(config, resolved))
+
+
+def _placement(config: HarvestConfig, resolved: Resolved) -> list[str]:
+    """On this machine, which need not be the one that will run it."""
+    try:
+        return placement_of(config.teacher, resolved, work_of(config)).lines()
+    except Fault as fault:
+        return [f"not on this machine: {fault}"]
 
 
 def _nearest_folder(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
     wishes, report = read_prompts(Path("configs/prompts/shapes.txt"))
 
-    .txt      one prompt a line
+    .txt      one prompt a line; a line that begins with "# " is a remark
     .jsonl    {"prompt": ..., "seed": 1, "width": 512, "height": 512} a line; all but the prompt may be absent
     .csv      the same columns, with a header
     .parquet  the same columns (needs pyarrow)
@@ -24,6 +24,7 @@ from typing import Any
 from common.errors import BadUsage
 
 CLEANING = "ftfy 6, html.unescape twice, white space folded"
+REMARK = "# "
 COLUMNS = ("prompt", "seed", "width", "height")
 
 
@@ -61,7 +62,8 @@ def seed_of(prompt: str, number: int) -> int:
 
 def _lines(path: Path) -> Iterator[Wish]:
     for line in _text(path).splitlines():
-        yield Wish(prompt=clean_prompt(line))
+        if not line.startswith(REMARK):
+            yield Wish(prompt=clean_prompt(line))
 
 
 def _jsonl(path: Path) -> Iterator[Wish]:

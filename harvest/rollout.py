@@ -1,18 +1,20 @@
 """One item's walk from noise to pictures, and what is kept of it.
 
-    records = rollout(teacher, item, walk, progress)
+    records = rollout(teacher, item, contract, micro_batch=4, moved=watch.moved)
 
     noise of each record's own seed -> per expert, per micro-batch: the solver walks its part of the grid
         at each step   fed = scale x state, rounded to latent_dtype;  cond, uncond = teacher(fed, t)
-                       guided = uncond + w (cond - uncond), as a velocity;  state += (sigma_next - sigma) velocity
-        at kept steps  fed, cond, uncond go into the record
+                       guided = uncond + w (cond - uncond);  state = solver(state, guided)
+        at kept steps  fed, cond, uncond go into the record          (source: trajectory)
     -> final = the end point; everything in float32: the set's encoding rounds it
+    -> at kept steps   fed = the end point under fresh noise, the teacher asked again      (source: renoise)
 
 The whole item goes through the high-noise expert first, then through the other: one change of experts an item.
 Every state is rounded before the teacher sees it, kept or not, so keeping a step never changes the path.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor
 
 from common.record import Array, Contract, Record
-from common.schedule import Grid, contract_grid, expert_of, kept_steps, seeded_noise, to_x0_noise
+from common.schedule import Grid, contract_grid, expert_of, kept_steps, renoise_noise, seeded_noise
+from harvest.copies import Copies
 from harvest.plan import Question, WorkItem
+from harvest.solvers import Solver, Step, solver_of
 from harvest.teacher import Teacher
 
 
@@ -35,10 +39,15 @@ class Walker:
     experts: Array  # [steps]
     kept: Array  # [K]
     state: Tensor  # [C, H, W] float32
-    points: dict[int, list[Array]] = field(default_factory=dict)
+    copies: Copies
+    points: dict[int, list[Tensor]] = field(default_factory=dict)
+    """On the host, once the copies are settled."""
+
+    def keep(self, step: int, row: int, *fields: Tensor) -> None:
+        self.points[step] = self.copies.take(*(field[row] for field in fields))
 
     def record(self, item: WorkItem) -> Record:
-        latents, cond, uncond = (np.stack([self.points[int(step)][i] for step in self.kept]) for i in range(3))
+        latents, cond, uncond = (np.stack([self.points[int(step)][i].numpy() for step in self.kept]) for i in range(3))
         return Record(
             key=self.question.key,
             prompt=self.question.prompt,
@@ -56,23 +65,51 @@ class Walker:
         )
 
 
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """A micro-batch, with the solver that it keeps over the change of experts."""
+
+    walkers: list[Walker]
+    solver: Solver
+
+
 def rollout(
-    teacher: Teacher, item: WorkItem, contract: Contract, *, micro_batch: int, moved: Callable[[], None]
+    teacher: Teacher,
+    item: WorkItem,
+    contract: Contract,
+    *,
+    micro_batch: int,
+    moved: Callable[[], None],
+    stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> list[Record]:
-    """Every record of an item, in its order. `moved` is called after each forward, and may raise to stop."""
+    """Every record of an item, in its order. `moved` is called after each forward, and may raise to stop; `stage` is
+    entered with the name of what is done: encode, denoise, copy."""
     rounded = getattr(torch, contract.storage_dtype.name)
     prompts = list(dict.fromkeys(question.prompt for question in item.questions))
-    texts = dict(zip(prompts, (text.to(rounded).float() for text in teacher.encode(prompts)), strict=True))
-    negative = teacher.encode([contract.negative_prompt])[0].to(rounded).float()
-    walkers = [_start(question, item, texts[question.prompt], contract) for question in item.questions]
-    for expert in range(contract.num_experts()):
-        for start in range(0, len(walkers), micro_batch):
-            group = walkers[start : start + micro_batch]
-            _walk(teacher, group, expert, negative, contract, moved)
-    return [walker.record(item) for walker in walkers]
+    with stage("encode"):
+        texts = dict(zip(prompts, (text.to(rounded).float() for text in teacher.encode(prompts)), strict=True))
+        negative = teacher.encode([contract.negative_prompt])[0].to(rounded).float()
+    copies = Copies()
+    walkers = [_start(question, item, texts[question.prompt], contract, copies) for question in item.questions]
+    groups = [
+        Group(walkers=walkers[start : start + micro_batch], solver=solver_of(contract))
+        for start in range(0, len(walkers), micro_batch)
+    ]
+    experts = range(contract.num_experts())
+    with stage("denoise"):
+        for expert in experts:
+            for group in groups:
+                _walk(teacher, group, expert, negative, contract, moved)
+        if contract.source == "renoise":
+            for expert in reversed(experts):  # the one that is loaded first
+                for group in groups:
+                    _ask_again(teacher, group.walkers, expert, negative, contract, micro_batch, moved)
+    with stage("copy"):
+        copies.settle()
+        return [walker.record(item) for walker in walkers]
 
 
-def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract) -> Walker:
+def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract, copies: Copies) -> Walker:
     grid = contract_grid(contract, int(question.key, 16))
     experts = expert_of(grid.timesteps, contract.boundary, train_steps=contract.train_steps)
     side = contract.latent_stride
@@ -84,32 +121,52 @@ def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract)
         experts=experts,
         kept=kept_steps(question.key, contract.steps, contract.keep, experts, contract.keep_at),
         state=torch.from_numpy(seeded_noise(question.seed, shape)),
+        copies=copies,
     )
 
 
-def _walk(teacher: Teacher, group: list[Walker], expert: int, negative: Tensor, contract: Contract,
+def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contract: Contract,
           moved: Callable[[], None]) -> None:  # fmt: skip
     """One micro-batch through one expert's steps."""
-    condition = teacher.condition([walker.text for walker in group], negative)
-    state = torch.stack([walker.state for walker in group]).to(teacher.device)  # [B, C, H, W]
-    for step in _steps_of(group, expert):
-        t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker in group]))
-        sigma, after, scale = (_column(values, state) for values in zip(*(w.grid.at(step) for w in group), strict=True))
+    walkers = group.walkers
+    condition = teacher.condition([walker.text for walker in walkers], negative)
+    state = torch.stack([walker.state for walker in walkers]).to(teacher.device)  # [B, C, H, W]
+    for step in _steps_of(walkers, expert):
+        t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker in walkers]))
+        levels = (walker.grid.at(step) for walker in walkers)
+        sigma, after, scale = (_column(values, state) for values in zip(*levels, strict=True))
         fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
         cond, uncond = teacher.predict(fed, t, condition)
-        for row, walker in enumerate(group):
-            if step in walker.kept:
-                walker.points[step] = [array[row].cpu().numpy() for array in (fed, cond, uncond)]
+        if contract.source == "trajectory":
+            for row, walker in enumerate(walkers):
+                if step in walker.kept:
+                    walker.keep(step, row, fed, cond, uncond)
         guided = uncond + contract.guidance[expert] * (cond - uncond)
-        if contract.prediction == "flow":
-            velocity = guided
-        else:
-            x0, noise = to_x0_noise(contract.prediction, guided, fed, scale * (1 - sigma), scale * sigma)
-            velocity = noise - x0
-        state = state + (after - sigma) * velocity
+        state = group.solver(Step(state=state, fed=fed, guided=guided, sigma=sigma, after=after, scale=scale,
+                                  timestep=float(t[0])))  # fmt: skip
         moved()
-    for row, walker in enumerate(group):
+    for row, walker in enumerate(walkers):
         walker.state = state[row]
+
+
+def _ask_again(teacher: Teacher, walkers: list[Walker], expert: int, negative: Tensor, contract: Contract,
+               micro_batch: int, moved: Callable[[], None]) -> None:  # fmt: skip
+    """The kept levels of one expert, at the end points under fresh noise."""
+    asked = [(walker, int(step)) for walker in walkers for step in walker.kept if walker.experts[step] == expert]
+    for start in range(0, len(asked), micro_batch):
+        part = asked[start : start + micro_batch]
+        condition = teacher.condition([walker.text for walker, _ in part], negative)
+        clean = torch.stack([walker.state for walker, _ in part]).to(teacher.device)
+        noise = np.stack([renoise_noise(walker.question.key, step, tuple(clean.shape[1:])) for walker, step in part])
+        levels = (walker.grid.at(step) for walker, step in part)
+        sigma, _, scale = (_column(values, clean) for values in zip(*levels, strict=True))
+        state = (1 - sigma) * clean + sigma * torch.from_numpy(noise).to(clean.device)
+        fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
+        t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker, step in part]))
+        cond, uncond = teacher.predict(fed, t, condition)
+        for row, (walker, step) in enumerate(part):
+            walker.keep(step, row, fed, cond, uncond)
+        moved()
 
 
 def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:
@@ -117,8 +174,8 @@ def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:
     return torch.tensor(np.array(values, np.float32), device=like.device).view(-1, 1, 1, 1)
 
 
-def _steps_of(group: list[Walker], expert: int) -> Iterator[int]:
+def _steps_of(walkers: list[Walker], expert: int) -> Iterator[int]:
     """The boundary is an edge of every record's strata: all of them are on the same side at the same step."""
-    for step in range(group[0].grid.num_steps):
-        if group[0].experts[step] == expert:
+    for step in range(walkers[0].grid.num_steps):
+        if walkers[0].experts[step] == expert:
             yield step

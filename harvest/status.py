@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from common.log import human_bytes
-from common.shards import QUARANTINE, RUNS, ShardSet
+from common.shards import CONTRACT_NAME, QUARANTINE, RUNS, ShardSet
 from common.watch import read_heartbeat
 
 
 def survey(set_path: Path) -> dict[str, Any]:
+    beats = [beat for folder in _run_dirs(set_path) if (beat := read_heartbeat(folder)) is not None]
+    if beats and not (set_path / CONTRACT_NAME).exists():
+        return {"set": str(set_path), "teacher": None, "records": 0, "runs": beats}
     shards = ShardSet.open(set_path)
     manifest = shards.manifest()
     numerics = {str(receipt.numerics) for receipt in manifest.receipts}
     quarantine = sorted((set_path / QUARANTINE).glob("[!.]*.json"))
-    beats = (read_heartbeat(folder) for folder in sorted((set_path / RUNS).iterdir()))
     return {
         "set": str(set_path),
         "teacher": shards.contract.teacher,
@@ -28,11 +30,18 @@ def survey(set_path: Path) -> dict[str, Any]:
         "sizes": dict(Counter(f"{receipt.height}x{receipt.width}" for receipt in manifest.receipts)),
         "numerics": len(numerics),
         "quarantined": sum(len(json.loads(path.read_bytes())) for path in quarantine),
-        "runs": [beat for beat in beats if beat is not None],
+        "runs": beats,
     }
 
 
+def _run_dirs(set_path: Path) -> list[Path]:
+    return sorted(path for path in (set_path / RUNS).glob("*") if path.is_dir())
+
+
 def lines(facts: dict[str, Any]) -> list[str]:
+    runs = [f"run {_told(beat)}" for beat in facts["runs"]]
+    if facts["teacher"] is None:
+        return [f"{facts['set']}: no contract yet, its teacher has not been loaded", *runs]
     sizes = ", ".join(f"{count} shards of {size}" for size, count in facts["sizes"].items())
     out = [
         f"{facts['set']}: {facts['teacher']}, contract {facts['contract']}",
@@ -47,5 +56,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
         out.append(f"{facts['quarantined']} records quarantined, see {QUARANTINE}/")
     if facts["numerics"] > 1:
         out.append(f"{facts['numerics']} kinds of numerics: last bits may differ between shards")
-    out += [f"run {beat['host']}-{beat['pid']}: {beat['state']}" for beat in facts["runs"]]
-    return out
+    return out + runs
+
+
+def _told(beat: dict[str, Any]) -> str:
+    """Who, what of it, in which state, how far; why, when it stopped."""
+    words = [f"{beat['host']}-{beat['pid']}: {beat['state']}"]
+    words += [f"slice {beat['slice']}"] if "slice" in beat else []
+    words += [f"{beat['added']} of {beat['of']} records"] if "of" in beat else []
+    words += [f"{beat['workers']} workers"] if "workers" in beat else []
+    words += [beat["why"]] if "why" in beat else []
+    return ", ".join(words)

@@ -10,6 +10,8 @@ A foreign model is one thin adapter under teachers/.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from harvest.config import HarvestConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,6 +35,8 @@ class TeacherFacts:
     latent_patch: int
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    scheduler: str
+    """The folder's own: its class, then its settings as JSON. In the contract where it is the solver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,25 @@ class Fingerprints:
     tokenizer: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """The largest forward that will be asked for: what must fit beside the weights."""
+
+    records: int = 4
+    height: int = 512
+    width: int = 512
+
+
+def work_of(config: HarvestConfig) -> Work:
+    return Work(records=config.micro_batch, height=config.height, width=config.width)
+
+
+class ExpertListener(Protocol):
+    """See harvest/activations.py."""
+
+    def attend(self, name: str, expert: Any) -> None: ...
+
+
 class Teacher(Protocol):
     """A loaded teacher. Which expert serves a timestep is its own business."""
 
@@ -52,6 +75,8 @@ class Teacher(Protocol):
     compute_dtype: str
     device: str
     attention: str
+    listener: "ExpertListener | None"
+    """Is told of each expert before its forwards, where a teacher has blocks that a student is cut from."""
 
     def encode(self, prompts: list[str]) -> "list[Tensor]":
         """Each prompt's rows [L, D] on the CPU in float32, each computed alone, so that neighbours never matter."""

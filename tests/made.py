@@ -43,14 +43,14 @@ def harvest_config(out: Path, folder: Path, /, **changes: Any) -> HarvestConfig:
 
 
 def harvest_here(config: HarvestConfig) -> Path:
-    from harvest.loop import harvest
+    from harvest.running.loop import harvest
 
     harvest(config)
     return config.out
 
 
 def planned(config: HarvestConfig) -> Plan:
-    from harvest.folder import resolve
+    from harvest.loading.folder import resolve
     from harvest.plan import make_plan
     from harvest.teachers import facts_of
 

@@ -68,7 +68,7 @@ def test_help_answers_at_once(room: str) -> None:
     assert min(seconds() for _ in range(4)) < 0.5
 
 
-@pytest.mark.parametrize(("module", "is_error"), [("train.order", True), ("common", True), ("commonplace", False)])
+@pytest.mark.parametrize(("module", "is_error"), [("train.feed.order", True), ("common", True), ("commonplace", False)])
 def test_a_warning_of_our_own_is_an_error(module: str, is_error: bool) -> None:
     import warnings
 

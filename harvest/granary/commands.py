@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from common.environment import prepare_environment
 from common.errors import BadUsage, Corrupt
 from common.log import human_bytes
 from common.shard_reader import CONTAINERS
@@ -17,13 +19,33 @@ target_folder = click.argument("out", metavar="OUT", type=path)
 containers = click.Choice(list(CONTAINERS))
 
 
+class Share(click.ParamType):
+    """0.1% or 0.001: a part of the whole."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is no share; say for example 0.1%", param, ctx)
+        return share
+
+
 @click.command()
 @set_folder
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of words.")
-def verify(set_path: Path, as_json: bool) -> None:
+@click.option("--recompute", type=Share(), metavar="0.1%", help="Also ask the teacher of --config again for so many.")
+@click.option("--config", "config_path", type=path, help="What the set was harvested with.")
+def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: Path | None) -> None:
     """Read every byte of SET against its checksums; exit 5 if one is not what was written."""
     from harvest.granary.verify import verify as damages_of
 
+    if recompute is not None and config_path is None:
+        raise BadUsage(wrong="--recompute", found="no --config", mend="say with which configuration it was harvested")
     shards = ShardSet.open(set_path)
     num_damages = 0
     for damage in damages_of(shards):
@@ -33,12 +55,26 @@ def verify(set_path: Path, as_json: bool) -> None:
         raise Corrupt(
             wrong=f"{set_path} is damaged in {num_damages} files",
             found="see above",
-            mend="copy those shards again, or remove their receipts and shards and harvest again",
+            mend="copy those shards again, or `python -m harvest repair SET CONFIG`",
         )
     manifest = shards.manifest()
     whole = {"shards": len(manifest.receipts), "records": manifest.num_records, "bytes": manifest.num_bytes}
     words = f"{whole['shards']} shards, {whole['records']} records, {human_bytes(manifest.num_bytes)}: whole"
     click.echo(json.dumps(whole) if as_json else words)
+    if recompute is not None and config_path is not None:
+        _recompute(set_path, config_path, recompute)
+
+
+def _recompute(set_path: Path, config_path: Path, share: float) -> None:
+    from common.config import load_config
+    from harvest.config import HarvestConfig
+
+    config = load_config(HarvestConfig, config_path)
+    prepare_environment()
+    from harvest.granary.recompute import recompute as asked_again
+
+    for line in asked_again(config, set_path, share):
+        click.echo(line)
 
 
 @click.command()

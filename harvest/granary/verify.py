@@ -21,6 +21,8 @@ from common.shards import RECEIPTS, ShardSet
 
 READ_BYTES = 1 << 22
 THREADS = 4
+LOST_RECEIPT = ("the receipt",)
+"""What was hit when a receipt does not match its own digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ def verify(shards: ShardSet) -> Iterator[Damage]:
             receipts.append(Receipt.read(path))
         except Corrupt as fault:
             name = Path(path).name
-            yield Damage(item=name[:16], kind="altered", file=name, pieces=("the receipt",), found=fault.found)
+            yield Damage(item=name[:16], kind="altered", file=name, pieces=LOST_RECEIPT, found=fault.found)
     with ThreadPoolExecutor(THREADS) as pool:
         for damages in pool.map(lambda receipt: list(examine(shards, receipt)), receipts):
             yield from damages

@@ -1,9 +1,11 @@
 """Thin adapters, one module per family of teachers, chosen by the class in model_index.json.
 
     facts = facts_of(resolved)                               from the folder's JSON files; no weight is read
-    teacher = load_teacher(config, resolved, watch, log)     see harvest/teacher.py for what it can do
+    placement_of(config, resolved, work).lines()             where its networks would go on this machine
+    teacher = load_teacher(config, resolved, watch, log, work)     see harvest/teacher.py for what it can do
 
-An adapter is two functions of these names and a class that implements harvest.teacher.Teacher.
+An adapter is `facts_of`, `load_teacher`, `networks_of` (names, in the order in which they are needed), `work_bytes`,
+and a class that implements harvest.teacher.Teacher.
 """
 
 import importlib
@@ -13,9 +15,11 @@ from common.errors import Refused
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.folder import MODEL_INDEX, Resolved
-from harvest.teacher import Teacher, TeacherFacts
+from harvest.loading.folder import MODEL_INDEX, Resolved
+from harvest.placing.places import Placement
+from harvest.teacher import Teacher, TeacherFacts, Work
 
+ONE_BATCH = Work()
 ADAPTERS = {"WanPipeline": "harvest.teachers.wan", "StableDiffusionPipeline": "harvest.teachers.sd"}
 
 
@@ -24,9 +28,21 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
     return facts
 
 
-def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> Teacher:
-    teacher: Teacher = _adapter(resolved).load_teacher(config, resolved, watch, log)
+def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log, work: Work = ONE_BATCH) -> Teacher:
+    teacher: Teacher = _adapter(resolved).load_teacher(config, resolved, watch, log, work)
     return teacher
+
+
+def placement_of(config: TeacherConfig, resolved: Resolved, work: Work) -> Placement:
+    """From the headers of its files and what is free now; Refused where it does not fit."""
+    from harvest.loading.measure import machine_at_hand, sizes_of, wish_of
+    from harvest.loading.parts import choose_dtype
+    from harvest.placing.placement import place
+
+    adapter, dtype = _adapter(resolved), choose_dtype(config.dtype, config.device)
+    sizes = sizes_of(resolved, adapter.networks_of(resolved), dtype)
+    work_bytes = adapter.work_bytes(config, resolved, work, dtype)
+    return place(sizes, machine_at_hand(config.device), wish_of(config, work_bytes))
 
 
 def _adapter(resolved: Resolved) -> Any:

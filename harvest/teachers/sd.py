@@ -12,9 +12,10 @@ from common.errors import Refused
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.folder import Resolved, read_json
-from harvest.parts import TEXT_ENCODER, Parts, dtype_name, load_parts
-from harvest.teacher import TeacherFacts
+from harvest.loading.folder import Resolved, read_json, scheduler_told
+from harvest.loading.measure import TEXT_ENCODER
+from harvest.loading.parts import Parts, choose_dtype, dtype_name, load_parts
+from harvest.teacher import ExpertListener, TeacherFacts, Work
 
 UNET = "unet"
 KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -30,12 +31,13 @@ class SdTeacher:
     """Implements harvest.teacher.Teacher."""
 
     attention = "sdpa"
+    listener: ExpertListener | None = None
+    """A Wan-Lite is not cut from a UNet: it is never told anything."""
 
     def __init__(self, facts: TeacherFacts, parts: Parts, *, batched_guidance: bool) -> None:
         self.facts, self.fingerprints, self.device = facts, parts.fingerprints, parts.device
         self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
-        self._tokenizer, self._text_encoder = parts.tokenizer, parts.networks[TEXT_ENCODER]
-        self._unet, self._batched_guidance = parts.networks[UNET], batched_guidance
+        self._tokenizer, self._networks, self._batched_guidance = parts.tokenizer, parts.networks, batched_guidance
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
@@ -55,16 +57,18 @@ class SdTeacher:
         return self._forward(latents, timesteps, condition.cond), self._forward(latents, timesteps, condition.uncond)
 
     def _forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        out: Tensor = self._unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        unet = self._networks.ready(UNET)
+        out: Tensor = unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return out.float()
 
     def _encode_one(self, prompt: str) -> Tensor:
         tokens = self._tokenizer(
             [prompt], padding="max_length", max_length=self.facts.text_length, truncation=True, return_tensors="pt"
         )
-        masked = getattr(self._text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if masked else None
-        rows: Tensor = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0][0].float().cpu()
+        device, encoder = self._networks.device_of(TEXT_ENCODER), self._networks.ready(TEXT_ENCODER)
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(device) if masked else None
+        rows: Tensor = encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
         return rows
 
 
@@ -92,9 +96,23 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         latent_patch=2 ** (len(unet["block_out_channels"]) - 1),  # what the UNet's own halvings want
         latent_mean=(0.0,) * channels,
         latent_std=(1.0 / vae["scaling_factor"],) * channels,
+        scheduler=scheduler_told(settings),
     )
 
 
-def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> SdTeacher:
-    parts = load_parts(config, resolved, (TEXT_ENCODER, UNET), watch, log)
+def networks_of(resolved: Resolved) -> tuple[str, ...]:
+    return (TEXT_ENCODER, UNET)
+
+
+def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> int:
+    """What a forward needs beside the weights: the skips of the way down and the widest moment of a block."""
+    rows = work.records * (2 if config.batched_guidance else 1)
+    stride, channels = facts_of(resolved).latent_stride, resolved.components[UNET].config["block_out_channels"][0]
+    return int(rows * (work.height // stride) * (work.width // stride) * channels * 40 * dtype.itemsize)
+
+
+def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log, work: Work) -> SdTeacher:
+    dtype = choose_dtype(config.dtype, config.device)
+    needs = work_bytes(config, resolved, work, dtype)
+    parts = load_parts(config, resolved, networks_of(resolved), watch, log, needs)
     return SdTeacher(facts_of(resolved), parts, batched_guidance=config.batched_guidance)

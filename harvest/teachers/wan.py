@@ -15,10 +15,12 @@ from common.log import Log
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.folder import Resolved, read_json
-from harvest.parts import TEXT_ENCODER, Parts, dtype_name, load_parts
-from harvest.teacher import TeacherFacts
+from harvest.loading.folder import Resolved, read_json, scheduler_told
+from harvest.loading.measure import TEXT_ENCODER
+from harvest.loading.parts import Parts, choose_dtype, dtype_name, load_parts
+from harvest.teacher import ExpertListener, TeacherFacts, Work
 from harvest.teachers.wan_attention import PADDING_KEYS, Text, attending, collapse, padding_bias
+from harvest.teachers.wan_check import doubts
 
 EXPERTS = ("transformer", "transformer_2")
 TEXT_LENGTH = 512
@@ -29,17 +31,14 @@ class WanTeacher:
     """Implements harvest.teacher.Teacher."""
 
     attention = "sdpa"
+    listener: ExpertListener | None = None
 
     def __init__(self, facts: TeacherFacts, parts: Parts, config: TeacherConfig, *, per_token: bool) -> None:
         self.facts, self.fingerprints, self.device = facts, parts.fingerprints, parts.device
         self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
-        self._tokenizer, self._text_encoder = parts.tokenizer, parts.networks[TEXT_ENCODER]
-        self._experts = [parts.networks[name] for name in EXPERTS if name in parts.networks]
+        self._tokenizer, self._networks = parts.tokenizer, parts.networks
         self._batched_guidance, self._per_token = config.batched_guidance, per_token
         self._collapse = config.collapsed_padding
-        if self._collapse:
-            for expert in self._experts:
-                collapse(expert)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
@@ -53,7 +52,17 @@ class WanTeacher:
 
     @torch.inference_mode()
     def predict(self, latents: Tensor, timesteps: Tensor, condition: list[Text]) -> tuple[Tensor, Tensor]:
-        expert = self._expert_for(timesteps)
+        return self.predict_with(self._expert_for(timesteps), latents, timesteps, condition)
+
+    def predict_with(
+        self, number: int, latents: Tensor, timesteps: Tensor, condition: list[Text]
+    ) -> tuple[Tensor, Tensor]:
+        """By the expert of that number, whatever the timestep."""
+        expert = self._networks.ready(EXPERTS[number])
+        if self._collapse:
+            collapse(expert)
+        if self.listener:
+            self.listener.attend(EXPERTS[number], expert)
         video = latents.to(self.device, self._dtype).unsqueeze(2)  # [B, C, 1, H, W]
         timesteps = timesteps.to(self.device)
         if self._batched_guidance:
@@ -76,12 +85,12 @@ class WanTeacher:
             )[0]
         return out.squeeze(2).float()
 
-    def _expert_for(self, timesteps: Tensor) -> Any:
+    def _expert_for(self, timesteps: Tensor) -> int:
         which = set(
             expert_of(timesteps.cpu().numpy(), self.facts.boundary, train_steps=self.facts.train_steps).tolist()
         )
         assert len(which) == 1, "one micro-batch is on one side of the boundary"
-        return self._experts[0 if which == {HIGH_NOISE} else 1]
+        return 0 if which == {HIGH_NOISE} else 1
 
     def _encode_one(self, prompt: str) -> Tensor:
         tokens = self._tokenizer(
@@ -93,8 +102,9 @@ class WanTeacher:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = tokens.attention_mask.to(self.device)
-        hidden = self._text_encoder(tokens.input_ids.to(self.device), mask).last_hidden_state
+        device, encoder = self._networks.device_of(TEXT_ENCODER), self._networks.ready(TEXT_ENCODER)
+        mask = tokens.attention_mask.to(device)
+        hidden = encoder(tokens.input_ids.to(device), mask).last_hidden_state
         rows: Tensor = hidden[0, : int(mask.sum())].float().cpu()
         return rows
 
@@ -131,12 +141,40 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         latent_patch=network["patch_size"][1],
         latent_mean=tuple(vae["latents_mean"]),
         latent_std=tuple(vae["latents_std"]),
+        scheduler=scheduler_told(settings),
     )
 
 
-def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log) -> WanTeacher:
-    """The whole teacher in memory: text encoder, then the experts."""
-    names = (TEXT_ENCODER, *(expert for expert in EXPERTS if expert in resolved.components))
-    parts = load_parts(config, resolved, names, watch, log)
-    per_token = bool(resolved.scalars.get("expand_timesteps"))
-    return WanTeacher(facts_of(resolved), parts, config, per_token=per_token)
+def networks_of(resolved: Resolved) -> tuple[str, ...]:
+    return (TEXT_ENCODER, *(expert for expert in EXPERTS if expert in resolved.components))
+
+
+def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> int:
+    """What a forward needs beside the weights: the widest moment of a block, and the texts' keys and values."""
+    network, facts = resolved.components[EXPERTS[0]].config, facts_of(resolved)
+    side = facts.latent_stride * facts.latent_patch
+    rows = work.records * (2 if config.batched_guidance else 1)
+    tokens = rows * (work.height // side) * (work.width // side)
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    # Seven times the stream in float32: norms and modulation are computed so; the feed-forward part twice.
+    block = tokens * (7 * width * 4 + 2 * network["ffn_dim"] * dtype.itemsize)
+    modulation = 2 * 6 * width * 4 * (tokens if resolved.scalars.get("expand_timesteps") else rows)
+    texts = rows * TEXT_LENGTH * (facts.text_dim + width) * 2 * dtype.itemsize
+    branches = 1 if config.batched_guidance else 2
+    kept = rows * branches * TEXT_LENGTH * width * 2 * dtype.itemsize * network["num_layers"]
+    return int(block + modulation + texts + (kept if config.collapsed_padding else 0))
+
+
+def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log, work: Work) -> WanTeacher:
+    """Text encoder, then the experts in the order in which they are needed."""
+    dtype = choose_dtype(config.dtype, config.device)
+    needs = work_bytes(config, resolved, work, dtype)
+    facts, per_token = facts_of(resolved), bool(resolved.scalars.get("expand_timesteps"))
+
+    def made(parts: Parts) -> WanTeacher:
+        return WanTeacher(facts, parts, config, per_token=per_token)
+
+    def check(parts: Parts) -> str:
+        return doubts(made(parts), resolved)
+
+    return made(load_parts(config, resolved, networks_of(resolved), watch, log, needs, check))

@@ -47,14 +47,17 @@ class CollapsedAttention:
             value = attn.to_v(encoder_hidden_states).unflatten(2, heads).transpose(1, 2)
             self.text.kept[id(self)] = (key, value)
         key, value = self.text.kept[id(self)]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.text.bias)
+        bias = None if self.text.bias is None else self.text.bias.to(query.device)  # a split expert's blocks differ
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         result: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2, 3).type_as(query))
         return result
 
 
 def collapse(expert: Any) -> None:
+    """Once is enough; again it is nothing."""
     for block in expert.blocks:
-        block.attn2.set_processor(CollapsedAttention())
+        if not isinstance(block.attn2.processor, CollapsedAttention):
+            block.attn2.set_processor(CollapsedAttention())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Speed beside peers and limits, in one run.
 
-    python -m tests.bench                            everything, as `make bench` does
+    python -m tests.bench                            the next three, as `make bench` does
     python -m tests.bench store                      reading a shard set beside raw, webdataset, MDS, litdata, LMDB ...
     python -m tests.bench loading                    half a billion parameters from disk, beside the library's own load
+    python -m tests.bench harvest                    a harvest beside its bare forwards and the library's pipeline
+    python -m tests.bench shrink --set out/demo/set  students cut by importance, by first rows, at random
     python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
     python -m tests.bench store --json out/store.json --keep
 
@@ -25,8 +27,8 @@ import click
 @click.pass_context
 def main(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
-        for command in main.commands.values():
-            ctx.invoke(command)
+        for name in ("store", "loading", "harvest"):
+            ctx.invoke(main.commands[name])
 
 
 @main.command(help="Reading a shard set, beside raw reads and the peers' formats.")
@@ -59,6 +61,28 @@ def loading(num_rounds: int, layers: int) -> None:
     from tests.bench.loading import run
 
     click.echo("\n".join(run(rounds=num_rounds, layers=layers)))
+
+
+@main.command(help="A harvest beside the bare forwards that it needs, and beside the library's pipeline.")
+@click.option("--rounds", "num_rounds", default=3, show_default=True)
+@click.option("--records", default=32, show_default=True)
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+def harvest(num_rounds: int, records: int, out_dir: Path) -> None:
+    from tests.bench.harvesting import run
+
+    click.echo("\n".join(run(rounds=num_rounds, records=records, out_dir=out_dir / "harvest")))
+
+
+@main.command(help="Students cut by importance, first rows or at random, before and while they learn; wants a set.")
+@click.option("--teacher", type=click.Path(path_type=Path), default=Path("configs/teachers/shapes"), show_default=True)
+@click.option("--set", "set_path", type=click.Path(path_type=Path), default=Path("out/demo/set"), show_default=True)
+@click.option("--steps", default=300, show_default=True)
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+def shrink(teacher: Path, set_path: Path, steps: int, out_dir: Path) -> None:
+    from tests.bench.shrink import run
+
+    for line in run(teacher, set_path, out_dir / "shrink", steps=steps):
+        click.echo(line)
 
 
 if __name__ == "__main__":

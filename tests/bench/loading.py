@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 kind, folder, prepared = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(2)
+import accelerate  # no loader's time is an import's
 from diffusers import WanTransformer3DModel
-from harvest.folder import Component
-from harvest.loading import load_model
+from harvest.loading.folder import Component
+from harvest.loading.weights import load_model
 from common.tensor_file import weight_files
 config = json.loads((folder / "config.json").read_text())
 part = Component(name="transformer", library="diffusers", class_name="WanTransformer3DModel", folder=folder,
@@ -71,8 +72,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 
 def run(*, rounds: int = 5, layers: int = 12) -> list[str]:
     from common.log import Log
-    from harvest.folder import Component, Resolved
-    from harvest.prepare import prepare
+    from harvest.loading.folder import Component, Resolved
+    from harvest.loading.prepare import prepare
 
     with tempfile.TemporaryDirectory() as place:
         folder, out = Path(place) / "transformer", Path(place) / "prepared"

@@ -178,8 +178,8 @@ class FeedReader:
         """They stand there already."""
 
     def open(self) -> None:
-        from train.data import Feed
-        from train.order import Order as FeedOrder
+        from train.feed.data import Feed
+        from train.feed.order import Order as FeedOrder
 
         self._ours.open()
         self._number_of = self._ours.numbers()

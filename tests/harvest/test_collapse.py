@@ -8,7 +8,7 @@ import torch
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.folder import resolve
+from harvest.loading.folder import resolve
 from harvest.teacher import Teacher
 from harvest.teachers import load_teacher
 from harvest.teachers.wan_attention import padding_bias

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import BadUsage, Corrupt, Fault, Refused
-from harvest.folder import Resolved, resolve
-from harvest.loading import fingerprint, load_model, tensor_digests
+from harvest.loading.folder import Resolved, resolve
+from harvest.loading.identity import fingerprint, tensor_digests
+from harvest.loading.weights import load_model
 from tests.micro import write_micro_ti2v, write_micro_wan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

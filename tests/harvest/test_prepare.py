@@ -13,9 +13,10 @@ import torch
 from common.errors import Partial, Refused
 from common.files import TEMPORARY_PREFIX
 from common.log import Log
-from harvest.folder import Resolved, resolve
-from harvest.loading import load_model, tensor_digests
-from harvest.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare, prepared_digests
+from harvest.loading.folder import Resolved, resolve
+from harvest.loading.identity import tensor_digests
+from harvest.loading.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare, prepared_digests
+from harvest.loading.weights import load_model
 from tests.harvest.test_loading import same_tensors, stock
 from tests.harvest.test_resume import as_file
 from tests.made import command, harvest_config, started, tree
@@ -51,7 +52,7 @@ def test_a_prepared_teacher_has_its_fingerprint(resolved: Resolved, tmp_path: Pa
     part = ready.components[name]
     model = load_model(part, BF16)
     plain = load_model(resolved.components[name], BF16)
-    assert prepared_digests(part, model) == tensor_digests(model) == tensor_digests(plain)
+    assert prepared_digests(part) == tensor_digests(model) == tensor_digests(plain)
 
 
 def test_what_is_fresh_is_left_alone_and_what_is_stale_made_again(resolved: Resolved, tmp_path: Path) -> None:

@@ -91,3 +91,10 @@ def test_seeds_belong_to_prompts(tmp_path: Path, micro_wan: Path) -> None:
         seed_of("a", 0),
         seed_of("a", 1),
     ]
+
+
+def test_remarks_are_no_prompts(tmp_path: Path) -> None:
+    wishes, _ = read_prompts(written(tmp_path / "p.txt", "# a theme\na cat\n#1 fan of dogs\n"))
+    assert [wish.prompt for wish in wishes] == ["a cat", "#1 fan of dogs"]
+    ours, _ = read_prompts(Path("configs/prompts/static.txt"))
+    assert len(ours) == 200 and not any(wish.prompt.startswith("# ") for wish in ours)

@@ -50,10 +50,15 @@ def test_asked_to_stop_it_keeps_what_is_whole_and_says_75(tmp_path: Path, micro_
     assert tree(tmp_path / "set") == tree(micro_set)
 
 
-def test_a_finished_set_is_left_alone(micro_config: HarvestConfig, micro_set: Path) -> None:
-    before = tree(micro_set)
+def test_a_finished_set_is_left_alone_and_loads_no_model(
+    micro_config: HarvestConfig, micro_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harvest.running import loop
+
+    before = tree(micro_set, without=())
+    monkeypatch.setattr(loop, "load_teacher", None)  # calling it would fail
     harvest_here(micro_config)
-    assert tree(micro_set) == before
+    assert tree(micro_set, without=()) == before
 
 
 def test_appended_prompts_mean_only_new_work(tmp_path: Path, micro_wan: Path) -> None:
@@ -85,17 +90,19 @@ def test_other_numerics_are_said_and_refused_only_with_strict(tmp_path: Path, mi
     import shutil
 
     from common.errors import Refused
-    from harvest.loop import harvest
+    from harvest.running.loop import harvest
 
     shutil.copytree(micro_set, tmp_path / "set")
-    before = tree(tmp_path / "set")
+    lost = sorted((tmp_path / "set" / "receipts").iterdir())[0]
+    lost.unlink()
     config = harvest_config(tmp_path / "set", micro_wan, micro_batch=2)
     with pytest.raises(Refused, match=r"micro_batch: 2 \| 3"):
         harvest(config, strict=True)
+    assert not lost.exists()
     harvest(config)
     logs = [path.read_text() for path in (tmp_path / "set" / RUNS).glob("*/log.txt")]
     assert any("other numerics (this run | those): micro_batch: 2 | 3" in log for log in logs)
-    assert tree(tmp_path / "set") == before
+    assert len({receipt.numerics for receipt in ShardSet.open(tmp_path / "set").manifest().receipts}) == 2
 
 
 def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Path) -> None:
@@ -112,7 +119,7 @@ def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Pat
     weights["proj_out.bias"][3] = 1e38  # finite, so it loads; what it computes is not
     save_file(weights, weights_path, metadata={"format": "pt"})
     config = harvest_config(tmp_path / "set", broken, prompts={"limit": 2})
-    with pytest.raises(Partial, match="4 records were not finite"):
+    with pytest.raises(Partial, match="4 records were set aside"):
         harvest_here(config)
     (path,) = (tmp_path / "set" / "quarantine").glob("[!.]*.json")
     entries = json.loads(path.read_bytes())
@@ -148,7 +155,9 @@ def test_a_heartbeat_stands_before_a_model_byte_is_read(tmp_path: Path, micro_wa
 
     slow = tmp_path / "teacher"
     shutil.copytree(micro_wan, slow)
-    config = as_file(harvest_config(tmp_path / "set", slow), tmp_path / "c.yaml")
+    told = tmp_path / "told"
+    on_event = f'echo "$HARVEST_EVENT $HARVEST_FACTS" >> {told}'
+    config = as_file(harvest_config(tmp_path / "set", slow, deadline_s=1, on_event=on_event), tmp_path / "c.yaml")
     (slow / "text_encoder" / "model.safetensors").unlink()
     os.mkfifo(slow / "text_encoder" / "model.safetensors")
     process = started("harvest", "run", config)
@@ -161,7 +170,13 @@ def test_a_heartbeat_stands_before_a_model_byte_is_read(tmp_path: Path, micro_wa
         while json.loads(beat.read_bytes()).get("loading") != "text_encoder":
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        assert json.loads(beat.read_bytes())["state"] == "starting(load)"
+        assert json.loads(beat.read_bytes())["state"] in ("starting(load)", "stalled(load)")
+        assert {"metrics.jsonl", "run.json", "config.yaml", "log.txt"} <= {path.name for path in beat.parent.iterdir()}
+        while not told.exists() or not told.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert told.read_text().startswith('stall {"stage": "load"')
+        assert "stalled(load)" in command("harvest", "status", tmp_path / "set").stdout
     finally:
         process.kill()
         process.wait()

@@ -9,6 +9,7 @@ A variant says which files are read, a dtype what is computed. fp16 files are ta
 
 import json
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from common.errors import BadUsage
 from common.log import human_bytes
 from common.tensor_file import weight_files
+from harvest.loading.original import EXPERT_FOLDERS, diffusers_config, expert_folders
 
 MODEL_INDEX = "model_index.json"
 HUB_CACHE = "HF_HUB_CACHE"
@@ -33,6 +35,8 @@ class Component:
     files: tuple[Path, ...]
     prepared: bool = False
     """The files are ours, in the dtypes that are computed in: mapped, not read."""
+    original: bool = False
+    """The files name their tensors as Wan's own code does (harvest/loading/original.py)."""
 
     @property
     def num_bytes(self) -> int:
@@ -40,7 +44,7 @@ class Component:
 
     @property
     def kind(self) -> str:
-        return "prepared" if self.prepared else self.variant or "plain"
+        return "prepared" if self.prepared else "original" if self.original else self.variant or "plain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class Resolved:
     """What a folder holds, before a weight is read."""
 
     folder: Path
+    """Where model_index.json and what it names lie; the experts of an original layout lie elsewhere."""
     pipeline: str
     scalars: dict[str, Any]
     """Facts that stand in model_index.json beside the components."""
@@ -62,8 +67,17 @@ class Resolved:
         return ", ".join(parts)
 
 
-def resolve(source: Path, variant: str) -> Resolved:
-    """A folder, or the name of a hub repository that is in the local cache; nothing is fetched."""
+def resolve(source: Path, variant: str, rest: Path | None = None) -> Resolved:
+    """A folder, or the name of a hub repository that is in the local cache; nothing is fetched.
+
+    rest: the diffusers folder that gives what Wan's original layout lacks.
+    """
+    if not (source / MODEL_INDEX).exists() and (experts := expert_folders(source)):
+        return _resolve_original(source, experts, variant, rest)
+    return _resolve_folder(source, variant)
+
+
+def _resolve_folder(source: Path, variant: str, without: Container[str] = ()) -> Resolved:
     folder = source if (source / MODEL_INDEX).exists() else _cached(source)
     index = read_json(folder / MODEL_INDEX)
     scalars: dict[str, Any] = {}
@@ -72,11 +86,43 @@ def resolve(source: Path, variant: str) -> Resolved:
         if name.startswith("_"):
             continue
         if isinstance(value, list) and len(value) == 2:
-            if value[0] is not None:
+            if value[0] is not None and name not in without:
                 components[name] = _component(folder, name, value[0], value[1], variant)
         else:
             scalars[name] = value
     return Resolved(folder=folder, pipeline=index.get("_class_name", "?"), scalars=scalars, components=components)
+
+
+def _resolve_original(source: Path, experts: dict[str, Path], variant: str, rest: Path | None) -> Resolved:
+    """The experts from here, everything else from `rest`, whose own experts are not looked at."""
+    pickles = [path for path in source.rglob("*.pth") if path.parent in experts.values()]
+    if rest is None or (pickles and not any(any(path.glob("*.safetensors")) for path in experts.values())):
+        raise BadUsage(
+            wrong=f"{source} is in Wan's original layout",
+            found="its text encoder and VAE are pickles (.pth), which are never opened",
+            mend="set teacher.rest to a diffusers folder with text_encoder, tokenizer, vae and scheduler, or take the "
+            "same model in diffusers format (its name ends in -Diffusers)",
+        )
+    other = _resolve_folder(rest, variant, without=EXPERT_FOLDERS)
+    found = {name: _original_expert(name, part_dir) for name, part_dir in experts.items()}
+    return Resolved(
+        folder=other.folder, pipeline=other.pipeline, scalars=other.scalars, components=other.components | found
+    )
+
+
+def _original_expert(name: str, part_dir: Path) -> Component:
+    config = read_json(part_dir / "config.json")
+    variant, files = _choose(part_dir, "none")
+    return Component(
+        name=name,
+        library="diffusers",
+        class_name="WanTransformer3DModel",
+        folder=part_dir,
+        config=diffusers_config(part_dir, config, files),
+        variant=variant,
+        files=files,
+        original=True,
+    )
 
 
 def _component(folder: Path, name: str, library: str, class_name: str, variant: str) -> Component:
@@ -125,10 +171,10 @@ def _cached(source: Path) -> Path:
         found = sorted(cache.glob(f"snapshots/*/{MODEL_INDEX}"), key=lambda path: path.stat().st_mtime)
         if found:
             return found[-1].parent
-    if (source / "high_noise_model").is_dir() or any(source.glob("*.pth")):
+    if any(source.glob("*.pth")):
         raise BadUsage(
-            wrong=f"{source} is in Wan's original layout",
-            found="high_noise_model/ or .pth files",
+            wrong=f"{source} holds pickled weights",
+            found=".pth files, which are never opened",
             mend="take the same model in diffusers format (its name ends in -Diffusers)",
         )
     raise BadUsage(
@@ -148,3 +194,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadUsage(wrong=f"{path} is not JSON", found=str(error), mend="copy the file again") from None
     return values
+
+
+def scheduler_told(settings: dict[str, Any]) -> str:
+    """A scheduler's class and settings in one line; what only its library's version changes is left out."""
+    own = {name: value for name, value in settings.items() if not name.startswith("_")}
+    return f"{settings['_class_name']} {json.dumps(own, sort_keys=True)}"

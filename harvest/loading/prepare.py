@@ -28,17 +28,9 @@ from common.errors import Partial
 from common.files import sweep, write_atomic
 from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
-from harvest.folder import Component, Resolved
-from harvest.loading import (
-    THREADS,
-    TORCH_DTYPES,
-    build,
-    policy_dtype,
-    read_tensor,
-    sources_of,
-    tensor_digest,
-    tied_names,
-)
+from harvest.loading.folder import Component, Resolved
+from harvest.loading.identity import THREADS, tensor_digest, tied_names
+from harvest.loading.weights import TORCH_DTYPES, build, class_of, policy_dtype, read_tensor, sources_of
 
 MANIFEST_NAME, WEIGHTS_NAME = "prepared.json", "model.safetensors"
 POLICY_VERSION = 1
@@ -70,18 +62,20 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> 
 def from_prepared(resolved: Resolved, out_dir: Path) -> Resolved:
     """The same teacher with its weights taken from what was prepared of it."""
     parts = {
-        name: replace(part, files=(out_dir / name / WEIGHTS_NAME,), prepared=True) if part.files else part
+        name: replace(part, files=(out_dir / name / WEIGHTS_NAME,), prepared=True, original=False)
+        if part.files
+        else part
         for name, part in resolved.components.items()
     }
     return replace(resolved, components=parts)
 
 
-def prepared_digests(part: Component, model: Any) -> dict[str, str]:
+def prepared_digests(part: Component) -> dict[str, str]:
     """What `tensor_digests` would say, from what was written down while preparing: no byte is read."""
     path = part.files[0].parent.parent / MANIFEST_NAME
     stored: dict[str, str] = json.loads(path.read_bytes())["components"][part.name]["tensors"]
-    tied = tied_names(model)
-    return {name: stored[tied.get(name, name)] for name in model.state_dict()}
+    tied = tied_names(class_of(part))
+    return stored | {name: stored[target] for name, target in tied.items() if target in stored}
 
 
 def is_fresh(resolved: Resolved, out_dir: Path, dtype: torch.dtype) -> bool:

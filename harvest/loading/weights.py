@@ -4,7 +4,7 @@
 
     build on the meta device (one at a time) -> for each tensor its stored piece and its dtype by policy
         same dtype: read straight into place;  another: through a small staging buffer a thread, cast into place;
-        prepared files (harvest/prepare.py): mapped
+        prepared files (harvest/loading/prepare.py): mapped
     -> assign, tie -> refuse what is missing, extra, of another shape, on meta or not finite
 
 Loaders trust too much: a missing weight is a warning and a tensor on the meta device, an encoder without its embeddings
@@ -16,9 +16,8 @@ import importlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ from torch import Tensor
 
 from common.errors import Corrupt, Refused
 from common.tensor_file import StoredTensor, read_header
-from harvest.folder import Component
+from common.wan_names import diffusers_name
+from harvest.loading.folder import Component
+from harvest.loading.identity import THREADS, complete_digests, digest_line, tied_names
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -41,31 +42,61 @@ TORCH_DTYPES = {
 }
 STAGING_BYTES = 1 << 20
 """Small enough that a piece is cast and looked at while it is in the cache."""
-THREADS = 4
 _BUILDING = threading.Lock()
 Moved = Callable[..., None]
+Put = Callable[[str, Tensor], Tensor]
 
 
 def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None) -> Any:
     """The network of a component on the CPU, in eval mode, bitwise as its own library would load it."""
     moved(loading=part.name)
-    model = build(part)
-    sources = sources_of(part, model)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return fill_model(part, build(part), dtype, pool=pool, moved=moved)
+
+
+def fill_model(
+    part: Component,
+    model: Any,
+    dtype: torch.dtype,
+    *,
+    pool: ThreadPoolExecutor,
+    moved: Moved,
+    put: Put = lambda _, tensor: tensor,
+    mapped: bool = True,
+    digests: dict[str, str] | None = None,
+) -> Any:
+    """A built model with its weights; no module is made here, so several may be filled at once.
+
+    put: takes each tensor to its device as soon as it is there.
+    mapped: prepared files are mapped, not read: for tensors that stay on the CPU.
+    digests: filled with what `tensor_digests` would say, taken while the bytes are in the cache.
+    """
+    sources = sources_of(part, model, moved)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return policy_dtype(part, model, name, dtype)
+
     if part.prepared:
-        filled = mapped_tensors(sources)
-        _require_policy(part, model, filled, dtype)
+        _require_policy(part, sources, dtype_of)
+    if part.prepared and mapped:
+        filled = dict(pool.map(lambda item: (item[0], put(*item)), mapped_tensors(sources).items()))
     else:
-        filled = fill(sources, lambda name: policy_dtype(part, model, name, dtype), part.name, moved)
+        filled = fill(sources, dtype_of, part.name, pool, moved, put, digests)
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights() if hasattr(model, "tie_weights") else None
     _require_whole(part, model)
+    if digests is not None:
+        complete_digests(model, digests)
     return model.eval().requires_grad_(False)
+
+
+def class_of(part: Component) -> Any:
+    return getattr(importlib.import_module(part.library), part.class_name)
 
 
 def build(part: Component) -> Any:
     """The module with its parameters on the meta device; buffers are real."""
-    library = importlib.import_module(part.library)
-    model_class = getattr(library, part.class_name)
+    model_class = class_of(part)
     from accelerate import init_empty_weights
 
     with _BUILDING, init_empty_weights():
@@ -84,27 +115,42 @@ def policy_dtype(part: Component, model: Any, name: str, dtype: torch.dtype) -> 
 
 
 def fill(
-    sources: Mapping[str, StoredTensor], dtype_of: Callable[[str], torch.dtype], part: str, moved: Moved
+    sources: Mapping[str, StoredTensor],
+    dtype_of: Callable[[str], torch.dtype],
+    part: str,
+    pool: ThreadPoolExecutor,
+    moved: Moved,
+    put: Put,
+    digests: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor in its dtype, read and cast by several threads."""
     total, done, lock = sum(stored.num_bytes for stored in sources.values()), 0, threading.Lock()
 
     def one(name: str) -> tuple[str, Tensor]:
         nonlocal done
-        tensor = read_tensor(sources[name], dtype_of(name))
+        running = hashlib.sha256() if digests is not None else None
+        moved(loading=part, file=sources[name].path.name, bytes_read=done, bytes_total=total)
+        tensor = read_tensor(sources[name], dtype_of(name), running)
+        if digests is not None and running is not None:
+            digests[name] = digest_line(tensor, running.hexdigest())
         with lock:
             done += sources[name].num_bytes
             moved(loading=part, file=sources[name].path.name, bytes_read=done, bytes_total=total)
-        return name, tensor
+        return name, put(name, tensor)
 
     # By file and offset: the disk sees one sweep.
     order = sorted(sources, key=lambda name: (str(sources[name].path), sources[name].offset))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(pool.map(one, order))
+    waiting = [pool.submit(one, name) for name in order]
+    try:
+        return dict(future.result() for future in waiting)
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
-def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """One tensor, finite: straight into place, or through a staging buffer that is cast piece by piece."""
+def read_tensor(stored: StoredTensor, dtype: torch.dtype, running: "hashlib._Hash | None" = None) -> Tensor:
+    """One tensor, finite: straight into place, or through a staging buffer that is cast piece by piece; `running`
+    hears of what was kept."""
     source_dtype = TORCH_DTYPES[stored.dtype]
     target = source_dtype if not source_dtype.is_floating_point else dtype
     tensor = torch.empty(stored.shape, dtype=target)
@@ -121,6 +167,8 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
             if not in_place:
                 place.copy_(piece)
             _require_finite(stored, piece, place)
+            if running is not None:
+                running.update(place.view(torch.uint8).numpy().data)
     finally:
         os.close(fd)
     return tensor
@@ -150,14 +198,16 @@ def mapped_tensors(sources: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return {name: piece(stored) for name, stored in sources.items()}
 
 
-def _require_policy(part: Component, model: Any, filled: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    odd = [name for name, tensor in filled.items() if tensor.dtype != policy_dtype(part, model, name, dtype)]
-    if odd:
-        raise Refused(
-            wrong=f"{part.name} was prepared for another dtype",
-            found=f"{odd[0]} in {filled[odd[0]].dtype}, wanted {dtype}",
-            mend="run `python -m harvest prepare` for this dtype",
-        )
+def _require_policy(
+    part: Component, sources: Mapping[str, StoredTensor], dtype_of: Callable[[str], torch.dtype]
+) -> None:
+    for name, stored in sources.items():
+        if TORCH_DTYPES[stored.dtype] != dtype_of(name):
+            raise Refused(
+                wrong=f"{part.name} was prepared for another dtype",
+                found=f"{name} in {stored.dtype}, wanted {dtype_of(name)}",
+                mend="run `python -m harvest prepare` for this dtype",
+            )
 
 
 def _read_into(fd: int, stored: StoredTensor, skip: int, view: memoryview) -> None:
@@ -170,9 +220,18 @@ def _read_into(fd: int, stored: StoredTensor, skip: int, view: memoryview) -> No
         done += got
 
 
-def sources_of(part: Component, model: Any) -> dict[str, StoredTensor]:
+def stored_tensors(part: Component, moved: Moved = lambda **_: None) -> dict[str, StoredTensor]:
+    """What a component's files hold, by diffusers' names."""
+    stored = {}
+    for path in part.files:
+        moved(loading=part.name, file=path.name)
+        stored.update(read_header(path))
+    return {diffusers_name(name): tensor for name, tensor in stored.items()} if part.original else stored
+
+
+def sources_of(part: Component, model: Any, moved: Moved = lambda **_: None) -> dict[str, StoredTensor]:
     """Each tensor's stored piece, by its own name or that of the tensor it is tied to."""
-    stored = {name: tensor for path in part.files for name, tensor in read_header(path).items()}
+    stored = stored_tensors(part, moved)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = tied_names(model)
     twins = tied | {target: name for name, target in tied.items()}
@@ -197,41 +256,3 @@ def _require_whole(part: Component, model: Any) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise Refused(wrong=f"{part.name} did not load whole", found=f"no data for {key}", mend="fetch it again")
-
-
-def fingerprint(networks: Iterable[Mapping[str, str]]) -> str:
-    """sha256 over `network/tensor dtype shape sha256(bytes)`, sorted: folders that load to the same tensors agree,
-    whatever their files. Takes what `tensor_digests` says of each network."""
-    lines = (f"{number}/{name} {told}" for number, digests in enumerate(networks) for name, told in digests.items())
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def tensor_digests(model: Any) -> dict[str, str]:
-    """`dtype shape sha256(bytes)` of each tensor of a loaded network, hashed by several threads."""
-    named = model.state_dict()
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(named, pool.map(tensor_digest, named.values()), strict=True))
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return f"{tensor.dtype} {'x'.join(map(str, tensor.shape))} {hashlib.sha256(data).hexdigest()}"
-
-
-def tied_names(model: Any) -> dict[str, str]:
-    """Tensor -> the one that it is tied to."""
-    return dict(getattr(model, "_tied_weights_keys", None) or {})
-
-
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """sha256 over the names and bytes of small files: a tokenizer's identity."""
-    running = hashlib.sha256()
-    for path in sorted(paths):
-        running.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return running.hexdigest()
-
-
-def load_tokenizer(part: Component) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(part.folder), local_files_only=True)

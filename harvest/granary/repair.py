@@ -1,0 +1,121 @@
+"""`harvest repair SET CONFIG`: items that hold damaged or quarantined records, asked again.
+
+    for line in repair(config, set_dir): ...
+
+With equal numerics a shard comes back with the digest that its receipt names, byte for byte. Where it does not (other
+numerics, or hardware that erred then or errs now), it is a new generation whose receipt names what it supersedes.
+The old shard goes when the new one can take its place: killed in between, the item is not committed, and asked again.
+A record that was set aside and is sound now is committed as a shard of its own; the note keeps the others.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from common.errors import Partial
+from common.files import sync_folder, write_atomic
+from common.manifest import Receipt
+from common.shard_header import pack_records
+from common.shard_reader import CONTAINERS
+from common.shards import QUARANTINE, ShardSet, make_receipt
+from harvest.config import HarvestConfig
+from harvest.granary.again import Asked, asked_again, task_for, walked_as
+from harvest.granary.rebuild import rebuild
+from harvest.granary.verify import LOST_RECEIPT, verify
+from harvest.plan import WorkItem
+from harvest.running.health import Health
+from harvest.running.loop import Task
+
+
+def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
+    """One line for each thing that was mended; the teacher is loaded only where nothing less will do."""
+    shards, task = ShardSet.open(set_dir), task_for(config, set_dir)
+    damages = list(verify(shards))
+    lost = {damage.item for damage in damages if damage.pieces == LOST_RECEIPT}
+    items = sorted({damage.item for damage in damages} - lost)
+    notes = sorted((set_dir / QUARANTINE).glob("[!.]*.json"))
+    if items or notes:
+        with asked_again(task) as asked:
+            for item in items:
+                yield _mend(asked, item)
+            for note in notes:
+                yield _ask_once_more(asked, note)
+    for made in rebuild(shards) if lost else ():
+        yield f"item {made.item}: receipt made again" if isinstance(made, Receipt) else str(made)
+    if not damages and not notes:
+        yield "nothing is damaged, nothing is quarantined"
+
+
+def _mend(asked: Asked, item: str) -> str:
+    shards, task = asked.shards, asked.task
+    old = Receipt.read(shards.receipt_path(item))
+    keys = _keys(shards, old, task)
+    walked = {record.key: record for record in asked.records(keys, [walked_as(task, keys, old.item)])}
+    good, faults = Health(shards, 1.0, asked.log).sift([walked[key] for key in keys])
+    if faults:
+        raise Partial(wrong=f"item {old.item} does not come back", found=f"{faults[0]['key']}: {faults[0]['where']}",
+                      mend="compute in bfloat16 or float32, or remove its receipt and run again")  # fmt: skip
+    packed = pack_records(good, shards.contract, asked.numerics)
+    files = CONTAINERS[old.container].pack(packed)
+    new = make_receipt(packed, shards.contract, old.container, files)
+    if new.digest == old.digest:
+        new = old if new.files == old.files else new
+        how = "as it was, byte for byte" if new == old else "with the same records"
+    else:
+        new = replace(new, supersedes=old.digest)
+        same = asked.numerics == old.numerics
+        how = f"a new generation that supersedes {old.digest[:8]}: " + (
+            "EQUAL NUMERICS, OTHER VALUES: hardware erred then or errs now" if same else "other numerics"
+        )
+    _replace(shards, old, new, files)
+    return f"item {old.item}: {len(good)} records, {how}"
+
+
+def _replace(shards: ShardSet, old: Receipt, new: Receipt, files: dict[str, bytes]) -> None:
+    """The damaged bytes leave their name before whole ones can take it."""
+    if new.stem != old.stem:
+        shards.place(new, files)
+        write_atomic(shards.receipt_path(new.item), new.to_json())
+        _remove(shards, old)
+        return
+    shards.receipt_path(old.item).unlink()
+    sync_folder(shards.receipt_path(old.item).parent)
+    _remove(shards, old)
+    shards.place(new, files)
+    write_atomic(shards.receipt_path(new.item), new.to_json())
+
+
+def _remove(shards: ShardSet, receipt: Receipt) -> None:
+    for path in shards.shards_dir.glob(f"{receipt.stem}.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sync_folder(shards.shards_dir)
+
+
+def _keys(shards: ShardSet, receipt: Receipt, task: Task) -> list[str]:
+    """In the shard's own order: from the plan, or from its header where that is whole."""
+    for item in task.plan.items:
+        if item.id == receipt.item:
+            return [question.key for question in item.questions]
+    return list(shards.read(receipt).header.keys)
+
+
+def _ask_once_more(asked: Asked, note: Path) -> str:
+    """What was set aside; an item's note is named after what was walked."""
+    entries = {entry["key"]: entry for entry in json.loads(note.read_bytes())}
+    health = Health(asked.shards, 1.0, asked.log)
+    walked = list(asked.records(entries, [_holder(asked.task, note.stem, set(entries))]))
+    good, faults = health.sift(walked)
+    if good:
+        asked.shards.commit(good, asked.numerics, container=asked.task.config.container)
+    if faults:
+        write_atomic(note, json.dumps(faults, indent=1).encode())
+    else:
+        note.unlink()
+    return f"quarantine {note.stem}: {len(good)} of {len(entries)} records are sound now"
+
+
+def _holder(task: Task, item_id: str, keys: set[str]) -> WorkItem:
+    planned = [item for item in task.plan.items if item.id == item_id]
+    return planned[0] if planned else walked_as(task, keys, item_id)

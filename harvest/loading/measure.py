@@ -1,0 +1,102 @@
+"""A teacher's sizes from its files' headers, the machine at hand, and what the configuration wishes of both.
+
+sizes = sizes_of(resolved, names, torch.bfloat16)        no weight is read
+machine = machine_at_hand("auto")                        what is free now
+wish = wish_of(config, work_bytes)
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import BadUsage
+from harvest.config import TeacherConfig
+from harvest.loading.folder import Component, Resolved
+from harvest.loading.identity import tied_names
+from harvest.loading.weights import Moved, class_of, policy_dtype, stored_tensors
+from harvest.placing.placement import MAP
+from harvest.placing.places import Machine, Size, Wish, module_of
+
+TEXT_ENCODER = "text_encoder"
+
+
+def sizes_of(
+    resolved: Resolved, names: Sequence[str], dtype: torch.dtype, moved: Moved = lambda **_: None
+) -> list[Size]:
+    sizes = []
+    for part in (resolved.components[name] for name in names):
+        shapes = {name: stored.shape for name, stored in stored_tensors(part, moved).items()}
+        sizes.append(size_of(part, shapes, class_of(part), dtype))
+    return sizes
+
+
+def size_of(part: Component, shapes: Mapping[str, tuple[int, ...]], model: Any, dtype: torch.dtype) -> Size:
+    """`model`: the class or one of it; what is tied counts once."""
+    tied = tied_names(model)
+    modules: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name in tied and tied[name] in shapes:
+            continue
+        num_bytes = math.prod(shape) * policy_dtype(part, model, name, dtype).itemsize
+        modules[module_of(name)] = modules.get(module_of(name), 0) + num_bytes
+    order = sorted(modules, key=_natural)
+    return Size(name=part.name, is_encoder=part.name == TEXT_ENCODER, modules={name: modules[name] for name in order})
+
+
+def _natural(module: str) -> list[tuple[bool, int, str]]:
+    """blocks.9 before blocks.10."""
+    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in module.split(".")]
+
+
+def machine_at_hand(device: str) -> Machine:
+    """What is free to this process: with a device of its own, that GPU and its share of the host's memory."""
+    host = available_host_bytes()
+    if device == "cpu" or not torch.cuda.is_available():
+        return Machine(gpus={}, host=host)
+    count = torch.cuda.device_count()
+    wanted = torch.device(device).index if device != "auto" else None
+    if wanted is not None:
+        return Machine(gpus={f"cuda:{wanted}": torch.cuda.mem_get_info(wanted)[0]}, host=host // count)
+    return Machine(gpus={f"cuda:{n}": torch.cuda.mem_get_info(n)[0] for n in range(count)}, host=host)
+
+
+def available_host_bytes() -> int:
+    """MemAvailable, or what the control group leaves."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(min(available, int(limit) - used), 0)
+
+
+def wish_of(config: TeacherConfig, work_bytes: int) -> Wish:
+    told = config.placement
+    if isinstance(told, str) and told.endswith(".json"):
+        told = _read_map(Path(told))
+    return Wish(
+        strategy=told if isinstance(told, str) else MAP,
+        modules={} if isinstance(told, str) else told,
+        text_encoder=config.text_encoder,
+        budget=config.memory_budget,
+        work_bytes=work_bytes,
+        prepared=config.prepared is not None,
+    )
+
+
+def _read_map(path: Path) -> dict[str, str]:
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadUsage(
+            wrong="teacher.placement names a file that cannot be read", found=f"{path}: {error}", mend="mend it"
+        ) from None
+    if not isinstance(told, dict) or not all(isinstance(device, str) for device in told.values()):
+        raise BadUsage(wrong=f"{path} is no map of modules", found=str(told)[:80], mend='write {"module": "cuda:0"}')
+    return told

@@ -1,0 +1,164 @@
+"""What every teacher needs of its folder: device and dtype chosen, networks placed and on their way, their identity.
+
+    parts = load_parts(config, resolved, ("text_encoder", "transformer", "transformer_2"), watch, log, work_bytes)
+    parts.networks.ready("transformer"), parts.tokenizer, parts.fingerprints
+
+Where the identity of these very files is known (prepared, or seen before) it returns with the first two networks in,
+and the last one comes behind; else all of them are read and hashed first, for the contract wants their identity.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.errors import Refused
+from common.log import Log, gpu_label
+from common.watch import Watch
+from harvest.config import TeacherConfig
+from harvest.loading.arrivals import Arrivals
+from harvest.loading.folder import Component, Resolved
+from harvest.loading.identity import Digests, Remembered, fingerprint, fingerprint_files, tensor_digests
+from harvest.loading.measure import TEXT_ENCODER, machine_at_hand, sizes_of, wish_of
+from harvest.loading.networks import Networks
+from harvest.loading.prepare import from_prepared, prepare, prepared_digests
+from harvest.placing.placement import place
+from harvest.placing.places import Placement
+from harvest.teacher import Fingerprints
+
+TOKENIZER = "tokenizer"
+Check = Callable[["Parts"], str]
+"""Looks at loaded networks; "" or what is odd about them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    device: str
+    """Where the work's tensors are."""
+    dtype: torch.dtype
+    networks: Networks
+    tokenizer: Any
+    fingerprints: Fingerprints
+
+
+def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], watch: Watch, log: Log,
+               work_bytes: int = 0, check: Check = lambda _: "") -> Parts:  # fmt: skip
+    """The named networks, the text encoder first, then in the order in which they are needed."""
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
+    if config.prepared is not None:
+        watch.moved(preparing=str(config.prepared))
+        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log))
+    log.say(f"teacher {config.folder} on {device_name(device)} in {dtype_name(dtype)}: {resolved.summary()}")
+    chosen = [resolved.components[name] for name in names]
+    arrivals = Arrivals(watch, log, {part.name: part.folder for part in chosen})
+    placement = _placed(config, resolved, names, dtype, work_bytes, arrivals)
+    for line in placement.lines():
+        log.say(f"placement {line}")
+    _bound_allocator(placement)
+    memory = Remembered(chosen, dtype)
+    known = None if config.rehash else memory.recall()
+    networks = Networks(chosen, placement, dtype, arrivals)
+    hashed: dict[str, Digests] = {}
+    networks.start(None if known or config.prepared else hashed)
+    digests = {part.name: _digests(part, networks, config, known, hashed) for part in chosen}
+    tokenizer = resolved.components[TOKENIZER]
+    parts = Parts(
+        device=placement.device,
+        dtype=dtype,
+        networks=networks,
+        tokenizer=_load_tokenizer(tokenizer),
+        fingerprints=_fingerprints(digests, tokenizer),
+    )
+    for name in names[:2]:
+        networks.model(name)
+    _require_embeddings(networks.model(TEXT_ENCODER))
+    odd = known["odd"] if known else check(parts)
+    if known is None:
+        memory.write({"digests": digests, "odd": odd})
+    if odd:
+        log.say(f"WARNING {odd}")
+    return parts
+
+
+def _placed(config: TeacherConfig, resolved: Resolved, names: Sequence[str], dtype: torch.dtype, work_bytes: int,
+            arrivals: Arrivals) -> Placement:  # fmt: skip
+    """The files' headers are read in a thread: they are the first bytes that a disk may keep to itself."""
+    with ThreadPoolExecutor(1) as pool:
+        sizes = [
+            arrivals.wait(pool.submit(sizes_of, resolved, [name], dtype, arrivals.moved), name)[0] for name in names
+        ]
+    return place(sizes, machine_at_hand(config.device), wish_of(config, work_bytes))
+
+
+def _digests(part: Component, networks: Networks, config: TeacherConfig, known: Mapping[str, Any] | None,
+             hashed: Mapping[str, Digests]) -> Digests:  # fmt: skip
+    """What was written down of these files, or what was taken while they were read."""
+    if part.prepared and not config.rehash:
+        return prepared_digests(part)
+    if known is not None:
+        told: Digests = known["digests"][part.name]
+        return told
+    model = networks.model(part.name)
+    return tensor_digests(model) if part.prepared else hashed[part.name]
+
+
+def _load_tokenizer(part: Component) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(part.folder), local_files_only=True)
+
+
+def _fingerprints(digests: Mapping[str, Digests], tokenizer: Component) -> Fingerprints:
+    return Fingerprints(
+        weights=fingerprint(told for name, told in digests.items() if name != TEXT_ENCODER),
+        text_encoder=fingerprint([digests[TEXT_ENCODER]]),
+        tokenizer=fingerprint_files(path for path in tokenizer.folder.iterdir() if path.is_file()),
+    )
+
+
+def _bound_allocator(placement: Placement) -> None:
+    """The budget binds torch's allocator too: what was not planned for fails here, not in a neighbour's process."""
+    for device in placement.peaks:
+        if device.startswith("cuda"):
+            index = torch.device(device).index
+            total = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(placement.budgets[device] / total, 1.0), index)
+
+
+def choose_device(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(wanted: str, device: str) -> torch.dtype:
+    """bfloat16 where the hardware has it: Wan and its text encoder degrade in float16."""
+    if wanted != "auto":
+        chosen: torch.dtype = getattr(torch, wanted)
+        return chosen
+    if choose_device(device) == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: str) -> str:
+    """For people: an index alone means nothing under CUDA_VISIBLE_DEVICES."""
+    if not device.startswith("cuda"):
+        return device
+    index = torch.device(device).index or 0
+    return gpu_label(index=index, uuid=str(torch.cuda.get_device_properties(index).uuid), rank=0)
+
+
+def _require_embeddings(encoder: Any) -> None:
+    """An encoder whose file lacks the embeddings gets random or empty ones without a word where they are tied."""
+    weight = encoder.get_input_embeddings().weight
+    if not weight.is_meta and not weight.any():  # meta: the user's map keeps it on the disk
+        raise Refused(
+            wrong="the text encoder's embeddings are empty", found="only zeros", mend="fetch text_encoder again"
+        )

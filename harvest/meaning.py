@@ -1,0 +1,92 @@
+"""What the records of this run will mean, and how the arithmetic is done: contract and numerics out of the
+configuration, the teacher's folder and the loaded teacher.
+
+    contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
+    is_finished(config, facts, plan)          before a weight is read: another meaning is refused here already
+"""
+
+import dataclasses
+
+from common.errors import BadUsage, Refused
+from common.log import Log
+from common.record import Contract, Numerics
+from common.schedule import EULER
+from common.shards import CONTRACT_NAME, ShardSet
+from harvest.config import HarvestConfig
+from harvest.plan import Plan
+from harvest.prompts import CLEANING
+from harvest.solvers import require_known, solver_of
+from harvest.teacher import Fingerprints, Teacher, TeacherFacts
+
+
+def make_contract(config: HarvestConfig, facts: TeacherFacts, prints: Fingerprints, compute_dtype: str) -> Contract:
+    num_experts = 1 if facts.boundary is None else 2
+    if len(config.guidance) < num_experts:
+        raise BadUsage(
+            wrong="guidance", found=f"{config.guidance} for {num_experts} experts", mend="give one number per expert"
+        )
+    values = dataclasses.asdict(facts)
+    scheduler = values.pop("scheduler")
+    if config.solver != EULER:
+        require_known(scheduler)
+    if config.shift is not None:
+        values["shift"] = config.shift
+    contract = Contract(
+        **values,
+        **dataclasses.asdict(prints),
+        text_cleaning=CLEANING,
+        guidance=config.guidance[:num_experts],
+        negative_prompt=config.negative_prompt,
+        latent_dtype=config.latent_dtype,
+        source=config.source,
+        solver=EULER if config.solver == EULER else scheduler,
+        jitter=config.jitter,
+        steps=config.steps,
+        keep=config.keep,
+        keep_at=config.pinned_steps,
+        compute_dtype=compute_dtype,
+        encoding=config.encoding,
+    )
+    solver_of(contract)  # refuses what it could not walk, before hours of loading
+    return contract
+
+
+def is_finished(config: HarvestConfig, facts: TeacherFacts, plan: Plan) -> bool:
+    """Whether nothing remains to be done. What only a loaded teacher can say (fingerprints, the dtype that `auto`
+    means) is taken from the set here, and compared once it is loaded."""
+    if not (config.out / CONTRACT_NAME).exists():
+        make_contract(config, facts, Fingerprints(weights="", text_encoder="", tokenizer=""), "")
+        return False
+    shards = ShardSet.open(config.out)
+    held = shards.contract
+    prints = Fingerprints(weights=held.weights, text_encoder=held.text_encoder, tokenizer=held.tokenizer)
+    dtype = held.compute_dtype if config.teacher.dtype == "auto" else config.teacher.dtype
+    shards.require(make_contract(config, facts, prints, dtype))
+    return next(plan.remaining(shards), None) is None
+
+
+def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:
+    import diffusers
+    import torch
+
+    device = torch.cuda.get_device_name() if teacher.device.startswith("cuda") else teacher.device
+    return Numerics(
+        micro_batch=config.micro_batch,
+        batched_guidance=config.teacher.batched_guidance,
+        collapsed_padding=config.teacher.collapsed_padding and teacher.facts.text_padding == "zeros",
+        attention=teacher.attention,
+        device=device,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+    )
+
+
+def say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) -> None:
+    """Other numerics move last bits, not meaning: they are said, and refused only when asked to."""
+    others = {receipt.numerics for receipt in shards.manifest().receipts} - {mine}
+    for other in others:
+        told = ", ".join(mine.difference(other))
+        if strict:
+            raise Refused(wrong="the set holds shards of other numerics", found=told, mend="run without --strict")
+        log.say(f"the set holds shards of other numerics (this run | those): {told}")

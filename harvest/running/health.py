@@ -1,0 +1,101 @@
+"""What must not enter a shard, and when there is too much of it.
+
+    health = Health(shards, max_share, log)
+    good, faults = health.sift(records)
+    health.set_aside(item, faults)             quarantine/<item>.json names them, with noise level and expert
+    health.complain()                          Partial, when something was set aside
+
+Not finite, constant, exploding: such a record is set aside, and not asked for again until its note is removed
+(`python -m harvest repair` does both).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import Partial
+from common.files import write_atomic
+from common.log import Log
+from common.record import Record
+from common.shards import QUARANTINE, ShardSet
+from harvest.plan import WorkItem
+
+Fault = dict[str, str]
+EXPLODES_ABOVE = 100.0
+"""Times the state's own size: what a teacher predicts is of the order of noise and picture."""
+FEW = 100
+"""Records that a share is taken of, at least: the first bad one is no rate."""
+
+
+class Health:
+    """Counts what is set aside in one run; called from one thread at a time."""
+
+    def __init__(self, shards: ShardSet, max_share: float, log: Log) -> None:
+        self.num_good, self.num_bad = 0, 0
+        self._shards, self._max_share, self._log = shards, max_share, log
+
+    def sift(self, records: Sequence[Record]) -> tuple[list[Record], list[Fault]]:
+        """The good ones, and what is wrong with the others."""
+        faults = [{"key": record.key, **fault} for record in records if (fault := self._fault(record))]
+        bad = {fault["key"] for fault in faults}
+        self.num_bad += len(bad)
+        self.num_good += len(records) - len(bad)
+        return [record for record in records if record.key not in bad], faults
+
+    def set_aside(self, item: WorkItem, faults: Sequence[Fault]) -> None:
+        """After the good ones are committed: killed in between, only the bad ones are asked for again."""
+        if faults:
+            write_atomic(self.folder / f"{item.id}.json", json.dumps(faults, indent=1).encode())
+            first = f"{faults[0]['key']} {faults[0]['where']}"
+            self._log.say(f"item {item.id}: {len(faults)} records quarantined", first=first)
+
+    @property
+    def folder(self) -> Path:
+        return self._shards.path / QUARANTINE
+
+    def require_few(self) -> None:
+        """Stop before a sick teacher has filled a week with nothing."""
+        if self.num_bad > self._max_share * max(self.num_good + self.num_bad, FEW):
+            raise Partial(
+                wrong=f"{self.num_bad} of {self.num_good + self.num_bad} records had to be quarantined",
+                found=f"more than max_quarantined: {self._max_share}; see {self.folder}",
+                mend="compute in bfloat16 or float32 (teacher.dtype), then `python -m harvest repair`",
+            )
+
+    def complain(self) -> None:
+        if self.num_bad:
+            raise Partial(
+                wrong=f"{self.num_bad} records were set aside",
+                found=f"see {self.folder}",
+                mend="compute in bfloat16 or float32: into a new set, or into this one after removing that folder",
+            )
+
+    def _fault(self, record: Record) -> Fault | None:
+        where = record.bad_field(self._shards.contract.storage_dtype)
+        if where == "text":
+            return {"what": "not finite", "where": "text: the text encoder overflowed"}
+        return {"what": "not finite", "where": where} if where else odd_prediction(record)
+
+
+def odd_prediction(record: Record) -> Fault | None:
+    """The first point whose prediction says nothing, or far too much."""
+    for point in range(len(record.timesteps)):
+        size = _rms(record.latents[point])
+        for name in ("cond", "uncond"):
+            prediction = getattr(record, name)[point]
+            what = None
+            if float(np.ptp(prediction)) == 0.0:
+                what = "constant"
+            elif _rms(prediction) > EXPLODES_ABOVE * max(size, 1.0):
+                what = "exploding"
+            if what:
+                where = f"{name}[{point}] (t={record.timesteps[point]:.1f}, expert {record.expert[point]})"
+                return {"what": what, "where": where}
+    return None
+
+
+def _rms(array: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float32))))

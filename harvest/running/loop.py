@@ -1,0 +1,212 @@
+"""One worker of the harvest: load the teacher once, work its share of the plan item by item, commit each.
+
+    num_added = harvest(config)
+    num_added = harvest(config, part=Slice(rank=0, size=4), limit_s=1800)
+
+settings, plan -> is anything left? -> claim, log, heartbeat -> teacher -> for each item: rollout | check, pack, write
+                                                                           (this thread)   (one beside it)
+
+Killed at any moment, the same command goes on: an item is either committed or does not exist.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from common.claim import claimed
+from common.config import save_config
+from common.files import write_atomic
+from common.log import Log, human_seconds
+from common.record import Numerics, Record
+from common.shards import CONTRACT_NAME, RUNS, ShardSet
+from common.stop import StopRequest
+from harvest.assets import leave_assets
+from harvest.config import HarvestConfig
+from harvest.loading.folder import Resolved, resolve
+from harvest.meaning import is_finished, make_contract, make_numerics, say_numerics
+from harvest.plan import Plan, WorkItem, make_plan, record_bytes
+from harvest.running.agenda import Leases, agenda
+from harvest.running.events import HarvestWatch, tell
+from harvest.running.health import Health
+from harvest.running.progress import Progress
+from harvest.running.shortage import disk_told, memory_told
+from harvest.running.slices import WHOLE, Slice
+from harvest.running.writer import Writer
+from harvest.teacher import Teacher, TeacherFacts, work_of
+from harvest.teachers import facts_of, load_teacher
+
+CONFIG_NAME, RUN_NAME = "config.yaml", "run.json"
+RELEASES = ("torch", "diffusers", "transformers", "numpy", "zarr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What was asked for, with everything that is known of it before a weight is read."""
+
+    config: HarvestConfig
+    resolved: Resolved
+    facts: TeacherFacts
+    plan: Plan
+
+    @property
+    def is_finished(self) -> bool:
+        return is_finished(self.config, self.facts, self.plan)
+
+
+def read_task(config: HarvestConfig) -> Task:
+    """A mistake in the configuration, the prompts or the folder costs nothing yet."""
+    resolved = resolve(config.teacher.folder, config.teacher.variant, config.teacher.rest)
+    facts = facts_of(resolved)
+    return Task(config=config, resolved=resolved, facts=facts, plan=make_plan(config, facts))
+
+
+def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE, limit_s: float | None = None) -> int:
+    """Work what remains of the plan, beginning with `part`; the number of records added."""
+    task = read_task(config)
+    if task.is_finished:
+        say_finished(task)
+        return 0
+    full = disk_told(config.out, lambda: _bytes_left(task))
+    with full, holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
+        log.say(task.plan.summary)
+        return _work(task, part, strict, stop, watch, log)
+
+
+def say_finished(task: Task) -> None:
+    Log("harvest").say(f"{task.plan.num_records} records asked for, none is missing in {task.config.out}")
+
+
+def run_dir(config: HarvestConfig) -> Path:
+    """Of this process."""
+    return config.out / RUNS / f"{socket.gethostname()}-{os.getpid()}"
+
+
+def holding(config: HarvestConfig, part: Slice) -> contextlib.AbstractContextManager[None]:
+    """One process a share and host; another host's is told apart by its leases."""
+    name = f"{socket.gethostname()}-slice-{part.rank}-of-{part.size}.lock"
+    return claimed(config.out / RUNS / name, f"slice {part} of {config.out}")
+
+
+@contextlib.contextmanager
+def watched(config: HarvestConfig, part: Slice, stop: StopRequest) -> Iterator[tuple[HarvestWatch, Log]]:
+    """A heartbeat, a log, what is run and with what, before the first model byte."""
+    folder = run_dir(config)
+    log = Log("harvest" if part == WHOLE else f"harvest {part}", folder)
+    save_config(config, folder / CONFIG_NAME)
+    manifest = {
+        "command": sys.argv,
+        "slice": str(part),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "releases": {name: version(name) for name in RELEASES},
+    }
+    write_atomic(folder / RUN_NAME, json.dumps(manifest, indent=1).encode())
+    log.metric(started=str(part))
+    with HarvestWatch(folder, log, stop, config.on_event) as watch:
+        watch.moved(slice=str(part))
+        yield watch, log
+
+
+def _work(task: Task, part: Slice, strict: bool, stop: StopRequest, watch: HarvestWatch, log: Log) -> int:
+    config = task.config
+    with watch.stage("load", deadline_s=config.deadline_s), memory_told(config, task.resolved):
+        teacher = ready_teacher(config, task.resolved, watch, log)
+    shards = ShardSet.create(
+        config.out, make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
+    )
+    numerics = make_numerics(config, teacher)
+    say_numerics(shards, numerics, log, strict=strict)
+    leave_assets_once(shards, task.resolved, teacher)
+    watch.running()
+    health = Health(shards, config.max_quarantined, log)
+    try:
+        num_added = _work_items(task, part, teacher, shards, numerics, health, stop, watch, log)
+        health.complain()
+    finally:
+        if health.num_bad:
+            tell(config.on_event, "quarantine", {"bad": health.num_bad, "good": health.num_good}, log)
+    log.say("done", added=num_added)
+    return num_added
+
+
+def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, numerics: Numerics, health: Health,
+                stop: StopRequest, watch: HarvestWatch, log: Log) -> int:  # fmt: skip
+    from harvest.activations import listening
+    from harvest.rollout import rollout
+
+    config, mine = task.config, list(task.plan.remaining(shards, part))
+    num_records, leases = sum(len(item.questions) for item in mine), Leases(config.out)
+    log.say(f"{len(mine)} of {len(task.plan.items)} items to do, {num_records} records")
+
+    def finish(item: WorkItem, records: list[Record]) -> None:
+        good, faults = health.sift(records)
+        if good:
+            shards.commit(good, numerics, container=config.container)
+        health.set_aside(item, faults)
+        leases.release(item.id)
+        progress.committed(item, len(good), len(faults))
+        health.require_few()
+
+    def moved() -> None:
+        writer.check()
+        leases.touch()
+        progress.moved(item)
+        watch.moved(added=progress.num_added, of=num_records)
+
+    def wait(seconds: float) -> None:
+        stop.check()
+        time.sleep(seconds)
+
+    alone = part == WHOLE
+    with Progress(num_records, len(mine), log, alone=alone) as progress, leases, Writer(finish) as writer:
+        for item in agenda(task.plan, shards, part, leases, writer.wait, wait):
+            heard = listening(teacher, shards) if item.id == task.plan.items[0].id else contextlib.nullcontext()
+            with memory_told(config, task.resolved), heard:
+                records = rollout(teacher, item, shards.contract, micro_batch=config.micro_batch, moved=moved,
+                                  stage=partial(watch.stage, deadline_s=config.deadline_s))  # fmt: skip
+            with watch.stage("write", deadline_s=config.deadline_s):
+                writer.put(item, records)
+            del records  # the writer's now: one item less in memory while the next one is walked
+        with watch.stage("write", deadline_s=config.deadline_s):
+            writer.wait()
+    watch.moved(added=progress.num_added)
+    return progress.num_added
+
+
+def ready_teacher(config: HarvestConfig, resolved: Resolved, watch: HarvestWatch, log: Log) -> Teacher:
+    import torch
+
+    if config.teacher.threads:
+        torch.set_num_threads(config.teacher.threads)
+    began = time.monotonic()
+    teacher = load_teacher(config.teacher, resolved, watch, log, work_of(config))
+    log.say(f"teacher loaded in {human_seconds(time.monotonic() - began)}")
+    if config.shift is not None and config.shift != teacher.facts.shift:
+        log.say(f"shift {config.shift} as configured; the folder's own is {teacher.facts.shift}")
+    return teacher
+
+
+def leave_assets_once(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:
+    """Several workers may leave them at once: whoever comes second finds them there."""
+    for last in (False, False, True):
+        try:
+            leave_assets(shards, resolved, teacher)
+            break
+        except OSError as error:
+            if last or not (isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY):
+                raise
+
+
+def _bytes_left(task: Task) -> int:
+    """Of what is still to be written, texts left out."""
+    has_begun = (task.config.out / CONTRACT_NAME).exists()
+    items = task.plan.remaining(ShardSet.open(task.config.out)) if has_begun else iter(task.plan.items)
+    return sum(len(item.questions) * record_bytes(task.config, task.facts, item.height, item.width) for item in items)

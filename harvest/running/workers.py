@@ -1,0 +1,187 @@
+"""Several workers on one machine, watched over: one per GPU, or as configured.
+
+    supervise(config, part, strict=False, limit_s=None)
+
+Each is a process of its own (`python -m harvest run` with its share of the plan); they need nothing of each other. One
+that dies is started again after a while; a place (a GPU) where workers died MAX_FAULTS times is retired, and the others
+do its work. A fault that a restart cannot mend (exit codes 2 to 5) retires its place at once. If the supervisor dies,
+however it does, the system ends its workers.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import BadUsage, Corrupt, Fault, Partial, Refused, Stopped
+from common.log import Log
+from common.stop import StopRequest
+from harvest.config import HarvestConfig
+from harvest.running.events import HarvestWatch, tell
+from harvest.running.loop import CONFIG_NAME, Task, holding, read_task, run_dir, say_finished, watched
+from harvest.running.slices import Slice
+
+MAX_FAULTS = 3
+FORGIVEN_AFTER_S = 3600.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+LOOK_EVERY_S = 0.1
+STOPPED_WITHIN_S = 30.0
+PR_SET_PDEATHSIG = 1
+ON_ONE_GPU = ("auto", "replicate", "swap", "stream", "gpu0", "cpu")
+MENDLESS = (BadUsage.exit_code, Refused.exit_code, Corrupt.exit_code)
+
+
+@dataclass(slots=True, kw_only=True)
+class Place:
+    """Where one worker runs at a time."""
+
+    part: Slice
+    gpu: str | None
+    """For CUDA_VISIBLE_DEVICES; several where there are more GPUs than workers."""
+    process: subprocess.Popen[bytes] | None = None
+    fault_times: list[float] = field(default_factory=list)
+    code: int | None = None
+    """How its last worker ended."""
+    start_at: float = 0.0
+    """Not before this."""
+    done: bool = False
+    retired: bool = False
+
+    @property
+    def is_wanted(self) -> bool:
+        return not self.done and not self.retired
+
+    def __str__(self) -> str:
+        return f"worker {self.part}" + (f" on GPU {self.gpu}" if self.gpu else "")
+
+
+def gpus_of(config: HarvestConfig) -> list[str]:
+    """Those that CUDA_VISIBLE_DEVICES leaves; none where the teacher is to run on the CPU."""
+    if config.teacher.device not in ("auto", "cuda"):
+        return []
+    import torch
+
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
+
+
+def num_workers(config: HarvestConfig) -> int:
+    """As configured; else one for all GPUs where the placement spreads one teacher over them, or one for each."""
+    if config.workers is not None:
+        return config.workers
+    return 1 if config.teacher.placement not in ON_ONE_GPU else max(1, len(gpus_of(config)))
+
+
+def share_out(gpus: Sequence[str], count: int) -> list[str | None]:
+    """What each of `count` workers sees: neighbours together, and two on one only where there are too few."""
+    each = max(1, len(gpus) // count)
+    return [
+        ",".join(gpus[number * each : (number + 1) * each] or [gpus[number % len(gpus)]]) if gpus else None
+        for number in range(count)
+    ]
+
+
+def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: float | None) -> None:
+    """Until everything is done, or nobody is left to do it."""
+    task = read_task(config)
+    if task.is_finished:
+        say_finished(task)
+        return
+    count = num_workers(config)
+    gpus = share_out(gpus_of(config), count)
+    places = [Place(part=share, gpu=gpu) for share, gpu in zip(part.split(count), gpus, strict=True)]
+    with holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
+        log.say(f"{len(places)} workers: {', '.join(map(str, places))}")
+        watch.running()
+        options = ["--strict"] if strict else []
+        try:
+            _watch_over(places, task, stop, watch, log, options)
+        finally:
+            _end_all(places)
+        _judge(places, task, log)
+        tell(config.on_event, "done", {"set": str(config.out), "records": task.plan.num_records}, log)
+
+
+def _watch_over(places: Sequence[Place], task: Task, stop: StopRequest, watch: HarvestWatch, log: Log,
+                options: Sequence[str]) -> None:  # fmt: skip
+    config_path = run_dir(task.config) / CONFIG_NAME
+    while any(place.is_wanted for place in places):
+        stop.check()
+        for place in places:
+            if place.process is None and place.is_wanted and time.monotonic() > place.start_at:
+                place.process = _start(place, config_path, options)
+            elif place.process is not None and place.process.poll() is not None:
+                _ended(place, places, task.config, log)
+        watch.moved(workers=sum(place.process is not None for place in places))
+        time.sleep(LOOK_EVERY_S)
+
+
+def _start(place: Place, config_path: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "harvest", "run", str(config_path), "--slice", str(place.part), *options]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu else {})
+    return subprocess.Popen([*words, "--child-of", str(os.getpid())], env=environment, stdin=subprocess.DEVNULL)
+
+
+def _ended(place: Place, places: Sequence[Place], config: HarvestConfig, log: Log) -> None:
+    assert place.process is not None
+    place.code, place.process = place.process.returncode, None
+    if place.code in (0, Partial.exit_code):
+        place.done = True
+        return
+    now = time.monotonic()
+    place.fault_times = [at for at in place.fault_times if now - at < FORGIVEN_AFTER_S] + [now]
+    how = signal.Signals(-place.code).name if place.code < 0 else f"exit code {place.code}"
+    if place.code in MENDLESS or len(place.fault_times) >= MAX_FAULTS:
+        place.retired = True
+        log.say(f"{place} ended by {how} and is retired; the others do its work")
+        tell(config.on_event, "retired", {"worker": str(place.part), "gpu": place.gpu, "how": how}, log)
+        for other in places:  # also those that were done before it was given up
+            other.done = False
+        return
+    pause_s = min(FIRST_PAUSE_S * 2 ** (len(place.fault_times) - 1), LONGEST_PAUSE_S)
+    place.start_at = now + pause_s
+    log.say(f"{place} ended by {how}: started again in {pause_s:.0f} s")
+
+
+def _judge(places: Sequence[Place], task: Task, log: Log) -> None:
+    if any(place.code == Partial.exit_code for place in places):
+        raise Partial(wrong="records are missing", found="a worker said so above", mend="see there, then run again")
+    if task.is_finished:
+        log.say("done")
+        return
+    codes = sorted({place.code for place in places if place.retired and place.code is not None})
+    raise _fault_of(codes)(
+        wrong="every worker was retired" if all(place.retired for place in places) else "items are left",
+        found=f"exit codes {codes}; the reasons stand above and in runs/*/log.txt",
+        mend="mend what they say, then run the same command again",
+    )
+
+
+def _fault_of(codes: Sequence[int]) -> type[Fault]:
+    return next((kind for kind in (BadUsage, Refused, Corrupt) if kind.exit_code in codes), Partial)
+
+
+def _end_all(places: Sequence[Place]) -> None:
+    """Politely, then not."""
+    running = [place.process for place in places if place.process is not None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def die_with(parent: int) -> None:
+    """The system ends this process when its parent ends, by whatever means; at once if it is gone already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise Stopped(wrong="the supervisor is gone", found=f"process {parent}", mend="run the same command again")

@@ -1,0 +1,141 @@
+"""A set with damage in it, and the teacher asked again: the same bytes, or it is said."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import Corrupt
+from common.shards import QUARANTINE, ShardSet
+from harvest.config import HarvestConfig
+from harvest.granary.look import describe, find, picture
+from harvest.granary.recompute import recompute
+from harvest.granary.repair import repair
+from harvest.granary.verify import verify
+from tests.harvest.test_resume import as_file
+from tests.made import command, harvest_config, tree
+
+
+@pytest.fixture
+def copied(tmp_path: Path, micro_set: Path) -> Path:
+    shutil.copytree(micro_set, tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def config(copied: Path, micro_wan: Path, micro_config: HarvestConfig) -> HarvestConfig:
+    return harvest_config(copied, micro_wan, prompts={"file": micro_config.prompts.file})
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+
+
+def points_of(set_dir: Path, number: int) -> Path:
+    return sorted((set_dir / "shards").glob("*.zarr/points/[0-9]*"))[number]
+
+
+def test_a_flipped_shard_comes_back_byte_for_byte(config: HarvestConfig, copied: Path, micro_set: Path) -> None:
+    flip(points_of(copied, 1))
+    shutil.rmtree(points_of(copied, 4).parent.parent)
+    flip(sorted((copied / "receipts").iterdir())[2])
+    said = list(repair(config, copied))
+    assert sum("as it was, byte for byte" in line for line in said) == 2 and "receipt made again" in said[-1]
+    assert tree(copied) == tree(micro_set)
+    assert list(repair(config, copied)) == ["nothing is damaged, nothing is quarantined"]
+
+
+def test_other_numerics_make_a_new_generation_that_names_the_old(config: HarvestConfig, copied: Path) -> None:
+    flip(points_of(copied, 0))
+    (damage,) = verify(ShardSet.open(copied))
+    before = ShardSet.open(copied).manifest().by_item[damage.item]
+    other = config.model_copy(update={"micro_batch": 1})
+    (said,) = repair(other, copied)
+    shards = ShardSet.open(copied)
+    after = shards.manifest().by_item[damage.item]
+    assert "other numerics" in said and after.supersedes == before.digest != after.digest
+    assert list(verify(shards)) == [] and shards.manifest().num_records == 24
+    assert not list(shards.shards_dir.glob(f"{before.stem}.*"))
+
+
+def test_what_was_set_aside_is_asked_again(config: HarvestConfig, copied: Path, micro_set: Path) -> None:
+    """A shard whose first record had been quarantined: afterwards all records are there, as they would have been."""
+    from harvest.granary.select import take
+
+    shards = ShardSet.open(copied)
+    receipt = shards.manifest().receipts[0]
+    packed = shards.read(receipt).packed()
+    shards.receipt_path(receipt.item).unlink()
+    shutil.rmtree(shards.shards_dir / f"{receipt.stem}.zarr")
+    shards.commit_packed(take(packed, [1, 2, 3], shards.contract), "zarr")  # type: ignore[arg-type]
+    note = {"key": packed.header.keys[0], "what": "not finite", "where": "cond[0]"}
+    (copied / QUARANTINE).mkdir()
+    (copied / QUARANTINE / f"{receipt.item}.json").write_text(json.dumps([note]))
+    assert list(repair(config, copied)) == [f"quarantine {receipt.item}: 1 of 1 records are sound now"]
+    assert not list((copied / QUARANTINE).iterdir())
+    assert digests(copied) == digests(micro_set)
+
+
+def digests(set_dir: Path) -> dict[str, str]:
+    shards = ShardSet.open(set_dir)
+    headers = [shards.read(receipt).header for receipt in shards.manifest().receipts]
+    return {key: digest for header in headers for key, digest in zip(header.keys, header.digests, strict=True)}
+
+
+def test_asking_again_gives_the_same_bits_or_says_so(config: HarvestConfig, copied: Path) -> None:
+    bitwise, close = bitwise_and_close(*recompute(config, copied, 0.5))
+    assert 12 <= bitwise < 24 and close == 0
+    bitwise, close = bitwise_and_close(*recompute(config.model_copy(update={"micro_batch": 1}), copied, 1.0))
+    assert bitwise + close == 24 and close > 0
+    _alter_silently(copied)
+    with pytest.raises(Corrupt, match="1 of 24 records do not come back"):
+        list(recompute(config, copied, 1.0))
+
+
+def bitwise_and_close(said: str) -> tuple[int, int]:
+    first, second = re.fullmatch(r"(\d+) records .* bit for bit, (\d+) within .*", said).groups()  # type: ignore
+    return int(first), int(second)
+
+
+def _alter_silently(set_dir: Path) -> None:
+    """What a sick GPU leaves: a whole shard, sealed, of a wrong value."""
+    shards = ShardSet.open(set_dir)
+    receipt = shards.manifest().receipts[0]
+    reader = shards.read(receipt)
+    records: list[Any] = [reader.record(row) for row in range(receipt.num_records)]
+    records[2].cond[1, 0, 0, 0] += 1
+    shards.receipt_path(receipt.item).unlink()
+    shutil.rmtree(shards.shards_dir / f"{receipt.stem}.zarr")
+    shards.commit(records, receipt.numerics)
+
+
+def test_the_command_line_of_recompute(config: HarvestConfig, copied: Path, tmp_path: Path) -> None:
+    path = as_file(config, tmp_path / "c.yaml")
+    done = command("harvest", "verify", copied, "--recompute", "5%", "--config", path)
+    assert done.returncode == 0 and "came back bit for bit" in done.stdout, done.stderr
+    assert command("harvest", "verify", copied, "--recompute", "5%").returncode == 2
+
+
+def test_a_record_is_shown_in_numbers_and_drawn(micro_set: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    shards = ShardSet.open(micro_set)
+    key = shards.read(shards.manifest().receipts[0]).header.keys[1]
+    record, receipt = find(shards, key[:12])
+    said = list(describe(record, receipt, shards.contract))
+    assert key in said[0] and len(said) == 4 + receipt.num_points + 1
+    drawn = picture(shards, record)
+    vae = AutoencoderKLWan.from_pretrained(micro_set / "assets" / "vae").eval()
+    mean, std = (torch.tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_mean",
+                                                                                           "latents_std"))  # fmt: skip
+    with torch.inference_mode():
+        pixels = vae.decode(torch.from_numpy(record.final).float()[None, :, None] * std + mean).sample[0, :, 0]
+    expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert drawn.size == (64, 64) and (np.asarray(drawn) == expected).all()
