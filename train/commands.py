@@ -1,53 +1,112 @@
 """The training side's commands: options in, one call, lines out. They import what they need when they are called."""
 
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Literal
 
 import click
 
+from common.cli import Duration
 from common.config import load_config
 from common.environment import prepare_environment
+from common.errors import BadUsage
 from train.config import TrainConfig
 
 path = click.Path(path_type=Path)
+steps_option = click.option("--steps", type=click.IntRange(min=1),
+                            help="Of the solver; else as many as its teacher took, or its segments.")  # fmt: skip
+
+overrides_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+                                help="Lay a value over the file's.")  # fmt: skip
 
 
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=path)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Lay a value over the file's.")
-def run(config_path: Path, overrides: tuple[str, ...]) -> None:
+@overrides_option
+@click.option("--time-limit", type=Duration(), help="Save and leave with exit code 75 after so long, e.g. 30m.")
+@click.option("--follow", type=Duration(), default=0.0, help="Wait so long for more shards at an epoch's beginning.")
+@click.option("--check", "only_check", is_flag=True, help="One batch through everything, each part timed; then stop.")
+def run(config_path: Path, overrides: tuple[str, ...], time_limit: float | None, follow: float,
+        only_check: bool) -> None:  # fmt: skip
     """Train what CONFIG asks for. The same command again goes on where it stopped."""
     config = load_config(TrainConfig, config_path, overrides=overrides)
     prepare_environment()
+    from train.launch import adopt_srun, processes_to_start, start_processes
+
+    adopt_srun(os.environ)
+    num = processes_to_start(config, os.environ)
+    if num > 1:
+        sys.exit(start_processes(num, sys.argv[1:]))
+    from train.check import check
     from train.dist import joined
     from train.loop import train
 
     with joined(config.device, timeout_s=config.deadline_s) as world:
-        train(config, world)
+        check(config, world) if only_check else train(config, world, limit_s=time_limit, follow_s=follow)
 
 
 @click.command()
-@click.option("--teacher", required=True, type=path, help="The teacher's diffusers folder.")
+@click.argument("config_path", metavar="CONFIG", type=path)
+@overrides_option
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many.")
+@click.option("--memory", "gigabytes", default=24.0, show_default=True, help="Of each GPU, in GB.")
+@click.option("--samples-per-s", type=float, help="Over all GPUs; else what a run of CONFIG measured.")
+def plan(config_path: Path, overrides: tuple[str, ...], gpus: int, gigabytes: float,
+         samples_per_s: float | None) -> None:  # fmt: skip
+    """What training CONFIG would need: memory by part, steps, time. From headers alone."""
+    config = load_config(TrainConfig, config_path, overrides=overrides)
+    from train.plan import plan_lines
+
+    for line in plan_lines(config, num_gpus=gpus, gpu_bytes=gigabytes * 1e9, samples_per_s=samples_per_s):
+        click.echo(line)
+
+
+@click.command()
+@click.option("--teacher", type=path, help="The teacher's diffusers folder.")
 @click.option("--student", "student_path", required=True, type=path, help="A JSON of configs/students/.")
 @click.option("--out", required=True, type=path, help="Where the first weights go.")
+@click.option("--set", "set_path", type=path, help="What it will learn from: the student is checked against it "
+              "and cut by the activations that a harvest saw.")  # fmt: skip
 @click.option("--experts", type=click.Choice(["low", "high", "mean"]), default="low", show_default=True,
               help="Which of two experts the student starts from.")  # fmt: skip
-def init(teacher: Path, student_path: Path, out: Path, experts: Literal["low", "high", "mean"]) -> None:
+@click.option("--fresh", is_flag=True, help="No teacher's weights: a random start, for any set (--set).")
+@click.option("--adapt", is_flag=True, help="Write OUT/student.json with what --set wants, and go on with it.")
+def init(teacher: Path | None, student_path: Path, out: Path, set_path: Path | None,
+         experts: Literal["low", "high", "mean"], fresh: bool, adapt: bool) -> None:  # fmt: skip
     """A student's first weights, cut from a teacher's folder; reads only the tensors it needs."""
-    from train.projection import project
-    from train.student_config import read_student_json
+    from common.shards import ShardSet
+    from train.student.config import read_student_json
+    from train.student.fitting import fitted
+    from train.student.fresh import start_fresh
+    from train.student.projection import project, statistics_of
 
-    report = project(teacher, read_student_json(student_path), out, experts=experts)
+    if (teacher is None) != fresh or (set_path is None and (fresh or adapt)):
+        raise BadUsage(wrong="where the student's weights come from", found="not one of the two ways",
+                       mend="give --teacher DIR, or --fresh --set SET; --adapt wants --set too")  # fmt: skip
+    shards = None if set_path is None else ShardSet.open(set_path)
+    mended_path = out / "student.json" if adapt else None
+    if shards is None:
+        student = read_student_json(student_path)
+    else:
+        student = fitted(student_path, shards, mended_path=mended_path)
+    if teacher is None:
+        report = start_fresh(student, out)
+    else:
+        statistics_path = None if shards is None else statistics_of(shards)
+        report = project(teacher, student, out, experts=experts, statistics_path=statistics_path)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(report.counts.items()))
-    click.echo(f"{out}: {counts} tensors; blocks {report.blocks} of the teacher, experts: {report.experts}")
+    click.echo(f"{out}: {counts} tensors; blocks {report.blocks} of the teacher, experts: {report.experts}, "
+               f"chosen by {report.chosen_by}")  # fmt: skip
 
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=path)
 @click.option("--out", required=True, type=path, help="The PNG.")
-@click.option("--num", default=16, show_default=True, help="Pictures.")
-@click.option("--steps", default=20, show_default=True, help="Of the solver.")
-def sample(run_dir: Path, out: Path, num: int, steps: int) -> None:
+@click.option("--num", default=16, show_default=True, type=click.IntRange(min=1), help="Pictures.")
+@steps_option
+def sample(run_dir: Path, out: Path, num: int, steps: int | None) -> None:
     """Pictures by RUN's student above the teacher's own, from the same noise."""
     from train.sample import sample as draw_sheet
 
@@ -55,6 +114,34 @@ def sample(run_dir: Path, out: Path, num: int, steps: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     click.echo(f"{out}: {num} pairs, the student's above its teacher's")
+
+
+@click.command("eval")
+@click.argument("run_dir", metavar="RUN", type=path)
+@click.option("--num", default=256, show_default=True, type=click.IntRange(min=1), help="Pictures.")
+@steps_option
+@click.option("--grader", "grader_name", metavar="MODULE:FUNCTION", help="(picture, prompt) -> its grade.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def evaluate(run_dir: Path, num: int, steps: int | None, grader_name: str | None, as_json: bool) -> None:
+    """How far RUN's student is from its teacher, in answers and in pictures."""
+    prepare_environment()
+    from train.evaluate import evaluate as measure
+    from train.evaluate import load_grader, report_lines
+
+    grader = load_grader(grader_name) if grader_name else None
+    report = measure(run_dir, num=num, steps=steps, grader=grader)
+    for line in [json.dumps(report)] if as_json else report_lines(report):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("checkpoint_or_run", type=path)
+def verify(checkpoint_or_run: Path) -> None:
+    """Every byte of a checkpoint, or of all checkpoints of a run, against its checksums."""
+    from train.state import verify_lines
+
+    for line in verify_lines(checkpoint_or_run):
+        click.echo(line)
 
 
 @click.command()
@@ -65,3 +152,21 @@ def status(run_dir: Path) -> None:
 
     for line in status_lines(run_dir):
         click.echo(line)
+
+
+@click.command()
+@click.argument("source", metavar="RUN_OR_CHECKPOINT", type=path)
+@click.option("--out", required=True, type=path, help="A new folder; with comfyui a new file.")
+@click.option("--format", "form", type=click.Choice(["diffusers", "comfyui", "wanlite"]), default="diffusers",
+              show_default=True)  # fmt: skip
+@click.option("--raw", is_flag=True, help="The weights themselves instead of their moving average.")
+@click.option("--text-encoder", type=path, help="A pipeline folder whose text encoder and tokenizer are linked.")
+@click.option("--copy", is_flag=True, help="Copied instead of linked.")
+@click.option("--license", "license_name", default="unknown", show_default=True, help="Said in the model card.")
+def export(source: Path, out: Path, form: Literal["diffusers", "comfyui", "wanlite"], raw: bool,
+           text_encoder: Path | None, copy: bool, license_name: str) -> None:  # fmt: skip
+    """A student in a form that other tools open."""
+    from train.export import export as write
+
+    write(source, out, form=form, averaged=not raw, text_encoder=text_encoder, copy=copy, license_name=license_name)
+    click.echo(f"{out}: {form}")

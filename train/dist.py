@@ -7,6 +7,8 @@ gloo on CPUs, NCCL on GPUs. Nothing else in train/ asks who else is there.
 
 import contextlib
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 
 from common.errors import BadUsage
 from common.log import gpu_label
+
+KILOBYTES = 1 if sys.platform == "darwin" else 1024
+"""In which the system tells a process's largest size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,20 +39,60 @@ class World:
         return gpu_label(index=self.device.index, uuid=uuid, rank=self.rank)
 
     def wrap(self, student: nn.Module) -> nn.Module:
-        """Gradients averaged over all processes."""
-        if self.size == 1:
+        """On GPUs gradients are averaged while the backward pass goes on; on CPUs see `flat_gradients`."""
+        if self.size == 1 or self.device.type != "cuda":
             return student
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(student, device_ids=ids)
+        ids = [self.device.index]
+        return nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+
+    def flat_gradients(self, student: nn.Module) -> "FlatGradients | None":
+        """On CPUs, where there is nothing to hide an average behind."""
+        return FlatGradients(self, student) if self.size > 1 and self.device.type != "cuda" else None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes at the highest, for the metrics: of this process, or of its GPU since it began."""
+        if self.device.type == "cuda":
+            return {"peak_bytes": torch.cuda.max_memory_allocated(self.device),
+                    "reserved_bytes": torch.cuda.max_memory_reserved(self.device)}  # fmt: skip
+        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTES}
 
     def summed(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def smallest(self, number: int) -> int:
+        """Of all processes' numbers."""
+        told = torch.tensor([number], device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN)
+        return int(told.item())
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so; all of them learn it."""
         return bool(self.summed(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+
+class FlatGradients:
+    """All gradients as views of one buffer: averaged in one message and, whatever the number of ranks and the steps
+    taken so far, in one order. (DistributedDataParallel cuts its buckets anew after the first step.)"""
+
+    def __init__(self, world: World, student: nn.Module) -> None:
+        self._world = world
+        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._buffer = torch.zeros(sum(sizes), device=world.device)
+        self._views = [
+            part.view_as(parameter) for part, parameter in zip(self._buffer.split(sizes), self._parameters, strict=True)
+        ]
+
+    def zero(self) -> None:
+        self._buffer.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+    def average(self) -> None:
+        self._world.summed(self._buffer).div_(self._world.size)
 
 
 @contextlib.contextmanager

@@ -1,39 +1,78 @@
-"""What the student is asked to match, and how far off it is.
+"""How far off a student's answers are, sample by sample and by noise level.
 
-    target = guided(cond, uncond, expert, w)                 uncond + w (cond - uncond), w per expert
-    loss, per_sample = velocity_loss(student(...), target)
+    per_sample = error_of(student, objective.ask(micro), micro)          [B]: mean squared error of the velocity
+    loss = (weights_of(levels, shares) * per_sample).mean()
 
-An objective is a function of a micro-batch and the student; a new one stands beside `output_loss`.
+What is asked is train/objective.py's. Noise levels are the NUM_LEVELS equal parts of sigma.
 """
 
-import torch
-from torch import Tensor, nn
+import dataclasses
+from collections.abc import Callable
 
-from train.data import Micro
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import Refused
+from common.record import Contract
+from common.schedule import contract_grid
+from train.feed.data import Micro
+from train.feed.slots import Spans
+from train.objective import Question
 
 NUM_LEVELS = 4
-"""Bins of sigma in which the loss is logged."""
 
 
-def guided(cond: Tensor, uncond: Tensor, expert: Tensor, guidance: Tensor) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2207.12598, eq. 6) with the w of each sample's expert."""
-    w = guidance[expert].view(-1, 1, 1, 1)
-    return uncond + w * (cond - uncond)
-
-
-def output_loss(student: nn.Module, micro: Micro, guidance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error against the teacher's guided prediction at the stored point; also per sample [B]."""
-    target = guided(micro.cond.float(), micro.uncond.float(), micro.expert, guidance)
+def error_of(student: Callable[..., Tensor], question: Question, micro: Micro) -> Tensor:
+    """[B]"""
     text, lengths = micro.text.float()[micro.inverse], micro.lengths[micro.inverse]
-    predicted = student(micro.latents.float(), micro.timesteps, text, lengths).float()
-    per_sample = (predicted - target).square().mean(dim=(1, 2, 3))
-    return per_sample.mean(), per_sample.detach()
+    answer = student(question.latents, question.timesteps, text, lengths).float()
+    return (answer - question.target).square().mean(dim=(1, 2, 3))
+
+
+def levels_of(sigmas: Tensor) -> Tensor:
+    """[B]: which part of 0..1."""
+    return (sigmas * NUM_LEVELS).long().clamp(0, NUM_LEVELS - 1)
 
 
 def level_sums(sigmas: Tensor, per_sample: Tensor) -> Tensor:
-    """[2, NUM_LEVELS]: sums and counts of the loss per bin of sigma; they add up over micro-batches and ranks."""
-    level = (sigmas * NUM_LEVELS).long().clamp(0, NUM_LEVELS - 1)
+    """[2, NUM_LEVELS]: sums and counts of the loss per noise level; they add up over micro-batches and ranks."""
+    level = levels_of(sigmas)
     sums = torch.zeros(2, NUM_LEVELS, device=sigmas.device, dtype=torch.float64)
     sums[0].index_add_(0, level, per_sample.double())
     sums[1].index_add_(0, level, torch.ones_like(per_sample, dtype=torch.float64))
     return sums
+
+
+def level_weights(shares: tuple[float, ...] | None, contract: Contract, spans: Spans | None) -> Tensor | None:
+    """[NUM_LEVELS]: what a sample weighs, so that the levels have `shares` of the loss whatever the harvest's density;
+    the mean weight is 1. None: as harvested."""
+    if shares is None:
+        return None
+    wanted = np.array(shares) / sum(shares)
+    harvested = _density(contract, spans)
+    if ((wanted > 0) & (harvested == 0)).any():
+        raise Refused(
+            wrong="level_shares asks for noise levels of which the set holds nothing",
+            found=f"the harvest's own shares: {', '.join(f'{share:.2f}' for share in harvested)} (from low to high)",
+            mend="give those a share of 0, or harvest with another shift",
+        )
+    return torch.from_numpy(np.divide(wanted, harvested, out=np.zeros(NUM_LEVELS), where=harvested > 0)).float()
+
+
+def _density(contract: Contract, spans: Spans | None) -> np.ndarray:
+    """Which share of the samples each level has; of what is drawn per record, the expectation."""
+    grid = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
+    pinned = sorted(set(contract.keep_at))
+    kept = np.arange(contract.steps) if contract.keep == contract.steps else np.array(pinned)
+    if spans:
+        chance = np.zeros(contract.steps)
+        chance[kept[[begin for begin, _ in spans]]] = 1.0
+    else:
+        rest = contract.steps - len(pinned)
+        chance = np.full(contract.steps, (contract.keep - len(pinned)) / rest if rest else 1.0)
+        chance[pinned] = 1.0
+    level = np.minimum((grid.sigmas[:-1] * NUM_LEVELS).astype(int), NUM_LEVELS - 1)
+    counts = np.bincount(level, weights=chance, minlength=NUM_LEVELS)
+    density: np.ndarray = counts / counts.sum()
+    return density

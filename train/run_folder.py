@@ -1,17 +1,20 @@
 """The names on disk of a training run, and what can be said of one without torch.
 
 run/ config.yaml  epochs/NNNN.json  checkpoints/<samples_seen>/  metrics.jsonl  log.txt  heartbeat.json  ranks/<r>/
+     samples/epoch_NNNN_sample_MM.png  lock.json
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.errors import BadUsage
 from common.log import METRICS_NAME
 from common.watch import read_heartbeat
 
-CONFIG_NAME, EPOCHS, CHECKPOINTS, RANKS = "config.yaml", "epochs", "checkpoints", "ranks"
+CONFIG_NAME, EPOCHS, CHECKPOINTS, RANKS, SAMPLES = "config.yaml", "epochs", "checkpoints", "ranks", "samples"
+LOCK_NAME = "lock.json"
 STATE_NAME, MODEL_NAME, EMA_NAME, OPTIMIZER_NAME = (
     "state.json",
     "model.safetensors",
@@ -25,6 +28,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / CHECKPOINTS).glob("[0-9]*") if path.is_dir())
 
 
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / METRICS_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def status_lines(run_dir: Path) -> Iterator[str]:
     """Where a run stands, from its folder alone."""
     beat = read_heartbeat(run_dir)
@@ -32,7 +40,12 @@ def status_lines(run_dir: Path) -> Iterator[str]:
         raise BadUsage(wrong=f"{run_dir} is no run", found="no heartbeat", mend="give the `out` of a configuration")
     yield f"{run_dir}: {beat['state']} on {beat['host']}, step {beat.get('step', 0)}"
     yield f"checkpoints: {', '.join(folder.name for folder in checkpoints(run_dir)) or 'none yet'}"
-    metrics = run_dir / METRICS_NAME
-    if metrics.exists():
-        last = json.loads(metrics.read_text().splitlines()[-1])
-        yield f"step {last['step']}: loss {last['loss']:.4f}, {last['samples_per_s']:.0f} samples/s"
+    lines = read_metrics(run_dir)
+    steps = [line for line in lines if "loss" in line]
+    if steps:
+        last = steps[-1]
+        loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
+        yield f"step {last['step']}: loss {loss}, {last['samples_per_s']:.0f} samples/s"
+    gaps = [line for line in lines if line.get("event") == "held_out"]
+    if gaps:
+        yield f"held-out gap to the teacher at step {gaps[-1]['step']}: {gaps[-1]['gap']:.4f} of a mean's"

@@ -2,15 +2,16 @@
 
     sheet = sample(run_dir, num=16, steps=20)              a PIL image
 
-    the held-out records first -> noise of their own seeds -> the named grid, Euler, no guidance -> the set's VAE
-    -> for each record the student's picture above the teacher's `final` from the same noise
+    the held-out records first -> noise of their own seeds -> the walk of the student's objective, Euler, no guidance
+    -> the set's VAE -> for each record the student's picture above the teacher's `final` from the same noise
 
 The text encoder is not needed: the set holds the texts.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,66 +20,80 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.config import load_config
-from common.errors import BadUsage, Partial
+from common.errors import BadUsage
 from common.record import Record
-from common.schedule import GRIDS, Grid, seeded_noise
+from common.schedule import Grid, seeded_noise
 from common.shards import ASSETS, ShardSet
+from train.chosen import first_records
 from train.config import TrainConfig
+from train.objective import Objective, objective_of
 from train.run_folder import CONFIG_NAME, EMA_NAME, STATE_NAME, checkpoints
-from train.student import StudentConfig, WanLite
-from train.vae import load_vae
+from train.student.network import StudentConfig, WanLite
+from train.vae.network import load_vae
 
-GRID = "flow_match"
-"""What the export's scheduler walks, too."""
 GAP = 4
+BATCH = 64
+"""Pictures that are walked and decoded together."""
+Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(latents, timesteps, text, lengths) -> velocity: a student, or one with other weights."""
 
 
-def sample(run_dir: Path, *, num: int, steps: int, device: str = "cpu") -> Image.Image:
-    config = load_config(TrainConfig, run_dir / CONFIG_NAME)
-    shards = ShardSet.open(config.set)
-    student = newest_student(run_dir).to(device)
-    records = pick_records(shards, num)
-    grid = GRIDS[GRID](steps, shards.contract.shift, train_steps=shards.contract.train_steps)
-    latents = draw(student, records, grid, torch.device(device))
-    vae = load_vae(shards.path / ASSETS / "vae").to(device)
-    finals = torch.from_numpy(np.stack([record.final for record in records]).astype(np.float32))
-    with torch.inference_mode():
-        mine, theirs = (pictures(vae.decode(part.to(device))) for part in (latents, finals))
-    return sheet(mine, theirs)
+class Trained(NamedTuple):
+    """What a run's folder says of its student."""
+
+    config: TrainConfig
+    shards: ShardSet
+    objective: Objective
+    student: WanLite
+    step: int
+    samples_seen: int
 
 
-def newest_student(run_dir: Path) -> WanLite:
-    """The moving average of the newest checkpoint."""
+def open_run(run_dir: Path) -> Trained:
+    """The moving average of the newest checkpoint, and the set it was trained on."""
     kept = checkpoints(run_dir)
     if not kept:
         raise BadUsage(wrong=f"{run_dir} has no checkpoint yet", found="an empty run", mend="train first")
+    config = load_config(TrainConfig, run_dir / CONFIG_NAME)
+    shards = ShardSet.open(config.set)
     summary = json.loads((kept[-1] / STATE_NAME).read_bytes())
     student = WanLite(StudentConfig.from_dict(summary["student"]))
     student.load_state_dict(load_file(kept[-1] / EMA_NAME), strict=True)
-    return student.eval()
+    objective = objective_of(config, shards.contract)
+    return Trained(config, shards, objective, student.eval(), summary["step"], summary["samples_seen"])
 
 
-def pick_records(shards: ShardSet, num: int) -> list[Record]:
-    """Held-out records first, in the manifest's order; all of one size."""
-    receipts = shards.manifest().receipts
-    if not receipts:
-        raise Partial(wrong=f"{shards.path} holds no record", found="0 receipts", mend="harvest first")
-    size = receipts[0].height, receipts[0].width
-    chosen = [
-        (receipt, int(index))
-        for held_out in (True, False)
-        for receipt in receipts
-        if (receipt.height, receipt.width) == size
-        for index in np.flatnonzero(receipt.held_out_records() == held_out)
-    ][:num]
-    return [shards.read(receipt).record(index) for receipt, index in chosen]
+def sample(run_dir: Path, *, num: int, steps: int | None, device: str = "cpu") -> Image.Image:
+    trained = open_run(run_dir)
+    records = first_records(trained.shards, num)
+    mine, theirs = pairs(trained.shards, trained.student.to(device), records, trained.objective.grid(steps),
+                         text_rows=trained.student.config.text_max_length)  # fmt: skip
+    return sheet(mine, theirs)
+
+
+def pairs(shards: ShardSet, student: Answer, records: Sequence[Record], grid: Grid, *, text_rows: int,
+          device: torch.device | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The student's pictures and its teacher's, [N, H, W, 3] bytes each."""
+    if device is None:
+        device = next(student.parameters()).device if isinstance(student, WanLite) else torch.device("cpu")
+    vae = load_vae(shards.path / ASSETS / "vae").to(device)
+    mine, theirs = [], []
+    for begin in range(0, len(records), BATCH):
+        batch = records[begin : begin + BATCH]
+        latents = draw(student, batch, grid, device, text_rows=text_rows)
+        finals = torch.from_numpy(np.stack([record.final for record in batch]).astype(np.float32))
+        with torch.inference_mode():
+            mine.append(pictures(vae.decode(latents.to(device))))
+            theirs.append(pictures(vae.decode(finals.to(device))))
+    return np.concatenate(mine), np.concatenate(theirs)
 
 
 @torch.inference_mode()
-def draw(student: WanLite, records: list[Record], grid: Grid, device: torch.device) -> Tensor:
+def draw(student: Answer, records: Sequence[Record], grid: Grid, device: torch.device, *,
+         text_rows: int | None = None) -> Tensor:  # fmt: skip
     """Latents [N, C, H, W] from each record's own noise and text."""
     noise = np.stack([seeded_noise(record.seed, record.final.shape) for record in records])
-    text, lengths = _padded([record.text for record in records])
+    text, lengths = padded([record.text[:text_rows] for record in records])
     state, text, lengths = torch.from_numpy(noise).to(device), text.to(device), lengths.to(device)
     for t, move in _moves(grid):
         velocity = student(state, torch.full((len(state),), t, device=device), text, lengths)
@@ -107,13 +122,14 @@ def sheet(mine: np.ndarray, theirs: np.ndarray, *, columns: int = 8) -> Image.Im
     return canvas
 
 
+def padded(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """[N, L, D] float32 and [N]"""
+    rows = np.zeros((len(texts), max(map(len, texts)), texts[0].shape[1]), np.float32)
+    for row, text in zip(rows, texts, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(rows), torch.tensor([len(text) for text in texts])
+
+
 def _moves(grid: Grid) -> Iterator[tuple[float, float]]:
     for step in range(grid.num_steps):
         yield float(grid.timesteps[step]), float(grid.sigmas[step + 1] - grid.sigmas[step])
-
-
-def _padded(texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    padded = np.zeros((len(texts), max(map(len, texts)), texts[0].shape[1]), np.float32)
-    for row, text in zip(padded, texts, strict=True):
-        row[: len(text)] = text
-    return torch.from_numpy(padded), torch.tensor([len(text) for text in texts])

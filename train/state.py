@@ -1,16 +1,19 @@
 """What a run needs to go on as if nothing had happened, and its way to the disk and back.
 
-    save_checkpoint(run_dir, state, facts, keep=2)          run/checkpoints/<samples_seen>/: appears whole or not at all
-    facts = restore(run_dir, state, log)                    the newest valid one; an older one if that is damaged
+    write_checkpoint(run_dir, snapshot_of(state, facts), keep)      run/checkpoints/<samples_seen>/: whole or not at all
+    saver = Saver(run_dir, keep, log); saver.save(state, facts); saver.finish()     the same, off the step's path
+    facts = restore(run_dir, state, log)                     the newest valid one; an older one if that is damaged
 
-Safetensors and JSON only. state.json holds size and crc32c of each file; a checkpoint that does not match is passed
-over and said so. An older checkpoint is removed only after the newer one was read back.
+Safetensors and JSON only. state.json holds size and crc32c of each file, and of itself; a checkpoint that does not
+match is passed over and said so. An older checkpoint is removed only after the newer one was read back.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,13 @@ from common.errors import Corrupt
 from common.extents import crc32c
 from common.files import sweep, write_folder
 from common.log import Log
+from train.loss import NUM_LEVELS
+from train.optim import full_optimizer_state, own_state
 from train.run_folder import CHECKPOINTS, EMA_NAME, MODEL_NAME, OPTIMIZER_NAME, STATE_NAME, checkpoints
-from train.student import WanLite
+from train.student.network import WanLite
+
+SEAL = "crc32c"
+"""Of state.json's other entries."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,49 +41,138 @@ class TrainState:
     student: WanLite
     ema: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Of the loss, under float16; else it does nothing."""
     samples_seen: int = 0
     step: int = 0
     cursor: dict[str, list[int]] | None = None
     epoch: int = 0
+    skipped: list[int] = field(default_factory=list)
+    """Steps whose gradient was not finite."""
+    level_sums: list[float] = field(default_factory=lambda: [0.0] * (2 * NUM_LEVELS))
+    """Of the loss since the last line of the log."""
+
+    def counters(self) -> dict[str, Any]:
+        names = ("samples_seen", "step", "epoch", "cursor", "skipped", "level_sums")
+        return {name: getattr(self, name) for name in names} | {"scaler": self.scaler.state_dict()}
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint, read it back, then remove those beyond `keep`."""
-    files = {
-        MODEL_NAME: save(_plain(state.student.state_dict())),
-        EMA_NAME: save(_plain(state.ema)),
-        OPTIMIZER_NAME: save(_optimizer_tensors(state)),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A state at one moment, in host memory of its own."""
+
+    samples_seen: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File name -> its tensors."""
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    newest: int
+    every: int | None = None
+    """Checkpoints at multiples of so many steps are never removed."""
+
+
+def snapshot_of(state: TrainState, facts: Mapping[str, Any]) -> Snapshot:
+    tensors = {
+        MODEL_NAME: _copied(state.student.state_dict()),
+        EMA_NAME: _copied(state.ema),
+        OPTIMIZER_NAME: _copied(full_optimizer_state(state.student, state.optimizer)),
     }
-    summary = {
-        "samples_seen": state.samples_seen,
-        "step": state.step,
-        "epoch": state.epoch,
-        "cursor": state.cursor,
-        **facts,
-        "files": {name: [len(data), crc32c(data)] for name, data in files.items()},
-    }
-    folder = run_dir / CHECKPOINTS / f"{state.samples_seen:012d}"
+    summary = json.loads(json.dumps({**state.counters(), **facts}))
+    return Snapshot(samples_seen=state.samples_seen, tensors=tensors, summary=summary)
+
+
+def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
+    """Write a checkpoint, read it back, then remove those that are not to be kept."""
+    files = {name: save(tensors) for name, tensors in snapshot.tensors.items()}
+    summary = snapshot.summary | {"files": {name: [len(data), crc32c(data)] for name, data in files.items()}}
+    folder = run_dir / CHECKPOINTS / f"{snapshot.samples_seen:012d}"
     if folder.exists():  # a damaged one that was passed over: its successor takes its place
         shutil.rmtree(folder)
-    write_folder(folder, {**files, STATE_NAME: json.dumps(summary, indent=1).encode()})
+    sealed = summary | {SEAL: _seal(summary)}
+    write_folder(folder, {**files, STATE_NAME: json.dumps(sealed, indent=1).encode()})
     read_checkpoint(folder)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    for old in checkpoints(run_dir)[: -keep.newest]:
+        if not _is_milestone(old, keep.every):
+            shutil.rmtree(old)
     sweep(run_dir / CHECKPOINTS, older_than_s=3600.0)
     return folder
+
+
+class Saver:
+    """Writes in a thread what was copied in the step's own: one save at a time, each waited for before the next."""
+
+    def __init__(self, run_dir: Path, keep: Keep, log: Log) -> None:
+        self._run_dir, self._keep, self._log = run_dir, keep, log
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
+        self.finish()
+        began = time.monotonic()
+        snapshot = snapshot_of(state, facts)
+        copied_s = time.monotonic() - began
+        self._thread = threading.Thread(target=self._write, args=(snapshot, copied_s), name="save")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for what is being written; what went wrong is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, snapshot: Snapshot, copied_s: float) -> None:
+        began = time.monotonic()
+        try:
+            folder = write_checkpoint(self._run_dir, snapshot, self._keep)
+        except BaseException as error:  # raised in the loop's thread
+            self._error = error
+            return
+        spent = f"{time.monotonic() - began:.2f}"
+        self._log.say(f"checkpoint {folder.name}", held_up=f"{copied_s:.2f}s", written_in=f"{spent}s")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """state.json and the files, each checked against it."""
     try:
         summary: dict[str, Any] = json.loads((folder / STATE_NAME).read_bytes())
+        if summary.pop(SEAL) != _seal(summary):
+            raise ValueError(f"{STATE_NAME} does not match its own seal")
         files = {name: (folder / name).read_bytes() for name in summary["files"]}
         for name, data in files.items():
             if [len(data), crc32c(data)] != summary["files"][name]:
                 raise ValueError(f"{name}: {len(data)} bytes, crc32c {crc32c(data):08x}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(wrong=f"checkpoint {folder} is damaged", found=str(error), mend="use the one before") from None
     return summary, files
+
+
+def _seal(summary: Mapping[str, Any]) -> int:
+    return crc32c(json.dumps(summary, sort_keys=True).encode())
+
+
+def verify_lines(path: Path) -> Iterator[str]:
+    """Of a checkpoint, or of all those of a run, one line each; Corrupt at the end if one is damaged."""
+    folders = [path] if (path / STATE_NAME).exists() else checkpoints(path)
+    damaged = []
+    for folder in folders:
+        try:
+            summary, files = read_checkpoint(folder)
+            yield f"{folder}: step {summary['step']}, {sum(map(len, files.values()))} bytes match"
+        except Corrupt as fault:
+            damaged.append(folder.name)
+            yield str(fault)
+    if damaged or not folders:
+        raise Corrupt(
+            wrong=f"{len(damaged)} of {len(folders)} checkpoints of {path} are damaged",
+            found=", ".join(damaged) or "no checkpoint",
+            mend="run the same command again: it goes on from the newest that is whole",
+        )
 
 
 def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None:
@@ -90,31 +187,35 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
         for name, tensor in load(files[EMA_NAME]).items():
             state.ema[name].copy_(tensor)
         _restore_optimizer(state, load(files[OPTIMIZER_NAME]))
-        state.samples_seen, state.step = summary["samples_seen"], summary["step"]
-        state.cursor, state.epoch = summary["cursor"], summary["epoch"]
+        for name in state.counters():
+            if name != "scaler":
+                setattr(state, name, summary[name])
+        if summary["scaler"]:
+            state.scaler.load_state_dict(summary["scaler"])
         log.say(f"resumed from {folder.name}", step=state.step, epoch=state.epoch)
         return summary
     return None
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """`<parameter>:<slot>`, by the parameters' names: independent of their order in the optimizer."""
-    names = {id(parameter): name for name, parameter in state.student.named_parameters()}
-    return {
-        f"{names[id(parameter)]}:{slot}": torch.as_tensor(value).detach().cpu().contiguous()
-        for parameter, slots in state.optimizer.state.items()
-        for slot, value in slots.items()
-    }
-
-
 def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(state.student.named_parameters())
+    moments, mine = own_state(state.optimizer)
     for key, tensor in tensors.items():
         name, slot = key.rsplit(":", 1)
         parameter = parameters[name]
-        home = "cpu" if slot == "step" and parameter.device.type == "cpu" else parameter.device
-        state.optimizer.state[parameter][slot] = tensor.to(home)
+        if parameter in mine:
+            moments[parameter][slot] = tensor.to(parameter.device)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor.detach())
+            for name, tensor in tensors.items()}  # fmt: skip
+
+
+def _is_milestone(folder: Path, every: int | None) -> bool:
+    if every is None:
+        return False
+    try:
+        return bool(json.loads((folder / STATE_NAME).read_bytes())["step"] % every == 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

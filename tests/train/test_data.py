@@ -12,9 +12,9 @@ from common.encoding import INT8
 from common.errors import BadUsage, Corrupt, Partial
 from common.shards import ShardSet
 from tests.made import NUMERICS, made_contract, made_record
-from train.data import Feed, Step, accumulation
-from train.order import Order
-from train.reading import ThreadReader
+from train.feed.data import Feed, Step, accumulation
+from train.feed.order import Order
+from train.feed.reading import ThreadReader
 
 WORKERS = [0, 1, 2]
 
@@ -44,7 +44,7 @@ def feed(shards: ShardSet, **changes: Any) -> Feed:
 
 def copied(step: Step) -> list[bytes | str]:
     """Everything that a step says, out of the memory that will be used again."""
-    tensors = [getattr(micro, name) for micro in step.micros for name in micro.__slots__]
+    tensors = [tensor for micro in step.micros for tensor in micro.tensors().values()]
     shapes = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors]
     return [*(tensor.numpy().tobytes() for tensor in tensors), *shapes, *step.ids, str(step.cursor), str(step.epoch)]
 

@@ -10,7 +10,7 @@ import pytest
 from common.errors import Partial
 from common.manifest import Receipt
 from tests.made import NUMERICS
-from train.order import Order, permuted
+from train.feed.order import Order, permuted
 
 
 def receipt(

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import BadUsage, Corrupt
 from tests.micro import TRANSFORMER, write_micro_ti2v, write_micro_wan
-from train.projection import project
-from train.selection import rotary_pairs, spread, strongest
-from train.student import StudentConfig, WanLite, load_student
+from train.student.network import StudentConfig, WanLite, load_student
+from train.student.projection import project
+from train.student.selection import rotary_pairs, spread, strongest
 
 BIG = {"num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 4, "ffn_dim": 96}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,7 +14,7 @@ from common.errors import BadUsage, Partial
 from common.shards import ShardSet
 from tests.made import ROOT
 from tests.train.test_data import copied, feed, made_set, saying, steps_of
-from train.ring import Ring
+from train.feed.ring import Ring
 
 PARENT = """
 import sys, time

@@ -1,7 +1,6 @@
 """A run that is killed goes on to the same bits; two ranks see what one sees; the teacher is nowhere."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from tests.made import ROOT, command, started
 
@@ -49,7 +47,8 @@ def newest(run: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def wait_for(pattern: Path, process: subprocess.Popen[bytes]) -> None:
@@ -83,33 +82,6 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, config: dict[str, An
     assert command("train", "run", path).returncode == 0
     for name in FILES:
         assert (newest(tmp_path / "run") / name).read_bytes() == (newest(uninterrupted) / name).read_bytes(), name
-
-
-def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path, config: dict[str, Any], uninterrupted: Path) -> None:
-    shutil.copytree(uninterrupted, tmp_path / "run")
-    older, newer = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    data = bytearray((newer / "ema.safetensors").read_bytes())
-    data[-3] ^= 1
-    (newer / "ema.safetensors").write_bytes(data)
-    done = command("train", "run", written(tmp_path, config))
-    assert done.returncode == 0 and "passing over" in done.stderr and f"resumed from {older.name}" in done.stderr
-    for name in FILES:
-        assert (newest(tmp_path / "run") / name).read_bytes() == (newest(uninterrupted) / name).read_bytes(), name
-
-
-def test_two_ranks_see_what_one_sees(tmp_path: Path, config: dict[str, Any], uninterrupted: Path) -> None:
-    path = written(tmp_path, config)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run([*torchrun, "train", "run", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    alone, together = metrics(uninterrupted), metrics(tmp_path / "run")
-    assert [m["first_sample"] for m in alone] == [m["first_sample"] for m in together]
-    assert [m["lr"] for m in alone] == [m["lr"] for m in together]
-    np.testing.assert_allclose([m["loss"] for m in together], [m["loss"] for m in alone], rtol=1e-4)
-    one, two = (load_file(newest(run) / FILES[0]) for run in (uninterrupted, tmp_path / "run"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
 
 
 def test_the_student_learns(uninterrupted: Path) -> None:
@@ -166,10 +138,11 @@ def test_the_same_grid_and_noise_give_the_teachers_picture(micro_set: Path, micr
 
     from common.schedule import flow_match_grid, seeded_noise
     from common.shards import ShardSet
-    from train.sample import draw, pick_records
-    from train.student import load_student
+    from train.chosen import first_records
+    from train.sample import draw
+    from train.student.network import load_student
 
-    records = pick_records(ShardSet.open(micro_set), 3)
+    records = first_records(ShardSet.open(micro_set), 3)
     student = load_student(micro_init, collapse_padding=False).eval()
     latents = draw(student, records, flow_match_grid(5, 3.0), torch.device("cpu"))
     pipeline = WanPipeline.from_pretrained(micro_wan, torch_dtype=torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from tests.micro import TRANSFORMER, built, write_micro_ti2v, write_micro_wan
-from train.student import StudentConfig, WanLite, load_student, read_student_json, save_student
+from train.student.network import StudentConfig, WanLite, load_student, read_student_json, save_student
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_names_and_shapes_are_diffusers_own(tmp_path: Path) -> None:
 
 
 def test_student_imports_no_library_of_the_teachers() -> None:
-    code = "import sys, train.student, train.vae, train.projection; print(*sys.modules)"
+    code = "import sys, train.student.network, train.vae.network, train.student.projection; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"diffusers", "transformers", "accelerate"} & set(loaded)
 

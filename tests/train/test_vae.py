@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import BadUsage, Corrupt
 from tests.micro import write_micro_ti2v, write_micro_wan
-from train.vae import load_vae
+from train.vae.network import load_vae
 
 WRITERS: dict[str, Callable[..., Path]] = {"plain": write_micro_wan, "residual": write_micro_ti2v}
 BOUND = 1e-5

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import BadUsage, Corrupt
 from common.files import write_atomic
-from train.weights import FolderWeights, safetensors_stream
+from train.student.weights import FolderWeights, safetensors_stream
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.weight": torch.tensor([-1.5]), "c": torch.full((2, 1, 2, 2), 0.25)}
 

@@ -1,7 +1,7 @@
-"""A process that fills slots of the ring: `python -m train.ring_worker SET MEMORY_FD CHANNEL_FD NUMBER OPTIONS`.
+"""A process that fills slots of the ring: `python -m train.feed.ring_worker SET MEMORY_FD CHANNEL_FD NUMBER OPTIONS`.
 
-Started by train/ring.py, never by hand. It imports no torch, holds nothing that lasts, and ends when its parent does:
-the channel is then at its end. Messages are JSON; what is big lies in the shared memory.
+Started by ring.py, never by hand. It imports no torch, holds nothing that lasts, and ends when its parent does: the
+channel is then at its end. Messages are JSON; what is big lies in the shared memory.
 
     {"offset", "size", "num_samples"} -> the slot there and its request -> filled -> a Filled, or the fault
 """
@@ -21,10 +21,10 @@ from common.errors import Fault, Refused
 from common.manifest import Receipt
 from common.record import Array
 from common.shards import ShardSet
-from train.filling import Filler
-from train.order import Sample
-from train.reading import Options
-from train.slots import Slot, SlotPlan
+from train.feed.filling import Filler
+from train.feed.order import Sample
+from train.feed.reading import Options
+from train.feed.slots import Slot, SlotPlan
 
 PROGRESS_BYTES = 4096
 """At the start of the shared memory: for each worker, which row it is at."""
@@ -59,7 +59,7 @@ class Worker:
         offset = task["offset"]
         if offset not in self._slots:
             plan = SlotPlan(contract=self._shards.contract, size=tuple(task["size"]), num_samples=task["num_samples"],
-                            text_rows=self._options.text_rows)  # fmt: skip
+                            text_rows=self._options.text_rows, spans=self._options.spans)  # fmt: skip
             memory = mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset)
             self._slots[offset] = Slot(plan, memory, offset=offset)
         return self._slots[offset]

@@ -1,6 +1,6 @@
 """A micro-batch on its way from the set into a slot, and the thread that reads it in this process. No torch.
 
-reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"))     or train/ring.py's Ring: processes
+reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"))     or train/feed/ring.py's Ring: processes
 slot = reader.slot(plan)                              once; used again and again
 part = Part(batch=17, slot=slot, samples=samples)
 reader.submit(part)                                   returns at once
@@ -17,9 +17,9 @@ import numpy as np
 
 from common.errors import Partial
 from common.shards import ShardSet
-from train.filling import Filled, Filler
-from train.order import Sample
-from train.slots import Slot, SlotPlan
+from train.feed.filling import Filled, Filler
+from train.feed.order import Sample
+from train.feed.slots import Slot, SlotPlan, Spans
 
 NOT_BEGUN = -1
 """A reader's progress before its first row."""
@@ -33,6 +33,8 @@ class Options:
     on_corrupt: str
     library: bool = False
     """Shards through zarr-python and tarfile, not by offset."""
+    spans: Spans | None = None
+    """With each point the state at its segment's end, see train/objective.py."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""A ring of slots in shared memory, filled by processes. A PartReader (train/reading.py); no torch.
+"""A ring of slots in shared memory, filled by processes. A PartReader (train/feed/reading.py); no torch.
 
     ring = Ring(shards.path, 2, Options(text_rows=77, on_corrupt="stop"), say)
     slot = ring.slot(plan)                        lies in the shared memory
@@ -30,15 +30,15 @@ from typing import Any
 import common.errors
 from common.errors import BadUsage, Fault, Partial
 from common.record import Array
-from train.filling import Filled
-from train.reading import NOT_BEGUN, Options, Part, late
-from train.ring_worker import PROGRESS_BYTES, progress_of
-from train.slots import Slot, SlotPlan
+from train.feed.filling import Filled
+from train.feed.reading import NOT_BEGUN, Options, Part, late
+from train.feed.ring_worker import PROGRESS_BYTES, progress_of
+from train.feed.slots import Slot, SlotPlan
 
 MAX_DEATHS = 3
 """Of workers at one and the same part."""
 MAX_WORKERS = PROGRESS_BYTES // 8
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -130,7 +130,7 @@ class Ring:
         words = [self._set_path, self._memory_fd, there.fileno(), number, options]
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "train.ring_worker", *map(str, words)],
+            [sys.executable, "-m", "train.feed.ring_worker", *map(str, words)],
             env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
             pass_fds=(self._memory_fd, there.fileno()),
             stdin=subprocess.DEVNULL,

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.files import write_atomic
-from train.rotary import Rotary, turned
-from train.student_config import StudentConfig, read_student_json
+from train.student.config import StudentConfig, read_student_json
+from train.student.rotary import Rotary, turned
 
 __all__ = ["StudentConfig", "WanLite", "load_student", "read_student_json", "save_student"]
 

@@ -24,6 +24,7 @@ from common.errors import Partial
 from common.manifest import Receipt
 
 Size = tuple[int, int]
+Points = tuple[int, ...]
 Integers = NDArray[np.int64]
 _ROUNDS = 6
 _BLOCK = 1024
@@ -54,12 +55,12 @@ class Batch:
 
 
 class Stream:
-    """One size's samples in one epoch, in a permuted order."""
+    """One size's samples in one epoch, in a permuted order. `points`: of each record only these."""
 
-    def __init__(self, receipts: tuple[Receipt, ...], key: tuple[int, int]) -> None:
-        self._receipts, self._key = receipts, key
+    def __init__(self, receipts: tuple[Receipt, ...], key: tuple[int, int], points: Points | None = None) -> None:
+        self._receipts, self._key, self._points = receipts, key, None if points is None else np.array(points)
         kept = [np.flatnonzero(~receipt.held_out_records()) for receipt in receipts]
-        self._num_points = np.array([receipt.num_points for receipt in receipts], np.int64)
+        self._num_points = np.array([len(points or range(receipt.num_points)) for receipt in receipts], np.int64)
         self._kept = np.concatenate([np.empty(0, np.int64), *kept])
         self._first_kept = np.cumsum([0, *map(len, kept)], dtype=np.int64)[:-1]
         self._ends = np.cumsum(self._num_points * [len(part) for part in kept], dtype=np.int64)
@@ -85,6 +86,7 @@ class Stream:
         begins = np.concatenate([[0], self._ends[:-1]])
         records, points = np.divmod(indices - begins[shards], self._num_points[shards])
         records = self._kept[self._first_kept[shards] + records]
+        points = points if self._points is None else self._points[points]
         receipts = map(self._receipts.__getitem__, shards.tolist())
         return list(map(Sample._make, zip(receipts, records.tolist(), points.tolist(), strict=True)))
 
@@ -101,9 +103,15 @@ class Order:
     """The endless sequence of batches."""
 
     def __init__(
-        self, seed: int, freeze: Callable[[int], tuple[Receipt, ...]], cursor: Mapping[str, list[int]] | None = None
+        self,
+        seed: int,
+        freeze: Callable[[int], tuple[Receipt, ...]],
+        cursor: Mapping[str, list[int]] | None = None,
+        *,
+        points: Points | None = None,
     ) -> None:
-        self._seed, self._freeze = seed, freeze
+        """`points`: of each record only these are samples."""
+        self._seed, self._freeze, self._points = seed, freeze, points
         self._epochs: dict[int, dict[Size, Stream]] = {}
         places = {_size(name): Place(*place) for name, place in (cursor or {}).items()}
         self._places: dict[Size, Place] = places or {size: Place() for size in self._streams(0)}
@@ -150,7 +158,7 @@ class Order:
             self._epochs[epoch] = {
                 size: stream
                 for size, receipts in sorted(by_size.items())
-                if len(stream := Stream(tuple(receipts), (self._seed, epoch)))
+                if len(stream := Stream(tuple(receipts), (self._seed, epoch), self._points))
             }
             if not self._epochs[epoch]:
                 raise Partial(

@@ -15,6 +15,7 @@ the convolutions that halve or double time are never run on it. Both forms of Au
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import BadUsage
-from train.vae_blocks import ChannelNorm, Down, Middle, ResidualDown, ResidualUp, Up, conv3x3, resnet_row
-from train.weights import FolderWeights
+from train.student.weights import FolderWeights
+from train.vae.blocks import ChannelNorm, Down, Middle, ResidualDown, ResidualUp, Up, conv3x3, resnet_row
+from train.vae.tiles import in_tiles
+
+TILE, OVERLAP = 128, 32
+"""Latent pixels: what is larger goes through in tiles, so that memory stays that of one tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +120,20 @@ class Vae2d(nn.Module):
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         # Patches are laid width first; pixel_unshuffle lays height first.
         x = F.pixel_unshuffle(pixels_BCHW.transpose(2, 3), self.config.patch).transpose(2, 3)
-        mean_BCHW, _ = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        patches = self.config.stride // self.config.patch
+        mean_BCHW = in_tiles(self._mean, x, tile=TILE * patches, overlap=OVERLAP * patches, scale=Fraction(1, patches))
         return (mean_BCHW - self.mean) * self.inverse_std
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        x = self.decoder(self.post_quant_conv(latents_BCHW / self.inverse_std + self.mean))
+        x = self.post_quant_conv(latents_BCHW / self.inverse_std + self.mean)
+        scale = Fraction(self.config.stride // self.config.patch)
+        x = in_tiles(self.decoder, x, tile=TILE, overlap=OVERLAP, scale=scale)
         pixels_BCHW = F.pixel_shuffle(x.transpose(2, 3), self.config.patch).transpose(2, 3)
         return pixels_BCHW.clamp(-1.0, 1.0)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0])
 
 
 class Encoder(nn.Module):

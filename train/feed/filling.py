@@ -17,8 +17,8 @@ from common.manifest import Receipt
 from common.record import Array
 from common.shard_reader import LibraryReader, OffsetReader, ShardReader
 from common.shards import ShardSet
-from train.order import Sample
-from train.slots import Slot
+from train.feed.order import Sample
+from train.feed.slots import FINAL, Slot
 
 MAX_OPEN_SHARDS, MAX_WHOLE_SHARDS = 256, 4
 """Whole: what the format's library reads is held in memory, all of it."""
@@ -149,6 +149,8 @@ class Filler:
             progress[0] = row
             try:
                 slot.read_point(row, shard.read, index)
+                if slot.plan.spans:
+                    _read_end(slot, row, shard, index, dict(slot.plan.spans))
             except (Corrupt, OSError) as error:
                 bad[row] = self._pardoned(error, samples[row])
                 del found[row]
@@ -175,6 +177,18 @@ class Filler:
         if not self._skips:
             raise error
         return error
+
+
+def _read_end(slot: Slot, row: int, shard: Shelved, index: int, end_of: Mapping[int, int]) -> None:
+    """The state where the row's segment ends."""
+    record, point = divmod(index, shard.num_points)
+    if end_of[point] == FINAL:
+        slot.ends["end"][row] = shard.reader.read_final(record)
+        slot.ends["end_sigmas"][row] = slot.ends["end_timesteps"][row] = 0.0
+        return
+    end = record * shard.num_points + end_of[point]
+    slot.read_end(row, shard.read, end)
+    slot.ends["end_sigmas"][row], slot.ends["end_timesteps"][row] = shard.sigmas[end], shard.timesteps[end]
 
 
 def _write_columns(slot: Slot, found: Mapping[int, Found]) -> tuple[list[Array], int]:

@@ -10,7 +10,7 @@ An index set of None means 'all of them, as they are': that is how a same-size c
 import torch
 from torch import Tensor
 
-from train.student_config import StudentConfig
+from train.student.config import StudentConfig
 
 Keep = Tensor | None
 

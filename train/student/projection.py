@@ -3,10 +3,10 @@
     report = project(teacher_dir, read_student_json(path), out_dir, experts="low")
 
     <teacher>/transformer, transformer_2 -> one tensor -> strip -> mean of the experts -> shrink -> out_dir
-    out_dir: config.json, report.json, model.safetensors (float32, written last), opened by train.student.load_student
+    out_dir: config.json, report.json, model.safetensors (float32, written last), opened by load_student
 
-Stripping loses nothing. Shrinking keeps evenly spread blocks and, within them, the residual channels, whole heads and
-feed-forward channels of the largest weight norms; q, k and v are cut each on its own, norms and modulation follow.
+Stripping loses nothing. Shrinking keeps the blocks, residual channels, whole heads and feed-forward channels that are
+worth most (train/student/importance.py); q, k and v are cut each on its own, norms and modulation follow.
 The report says of every student tensor whether it is exact, selected, merged (mean of two experts) or fresh.
 """
 
@@ -23,10 +23,11 @@ from torch import Tensor
 
 from common.errors import BadUsage, Corrupt
 from common.files import write_atomic
-from train.cuts import Cut, make_cuts
-from train.selection import spread
-from train.student import CONFIG_NAME, WEIGHTS_NAME, StudentConfig, WanLite
-from train.weights import FolderWeights, safetensors_stream
+from common.shards import ASSETS, ShardSet
+from train.student.cuts import Cut, make_cuts
+from train.student.importance import STATISTICS_NAME, ByActivations, ByNorms, Importance, read_statistics
+from train.student.network import CONFIG_NAME, WEIGHTS_NAME, StudentConfig, WanLite
+from train.student.weights import FolderWeights, safetensors_stream
 
 REPORT_NAME = "report.json"
 EXPERT_FOLDERS = {"high": ["transformer"], "low": ["transformer_2"], "mean": ["transformer", "transformer_2"]}
@@ -53,6 +54,8 @@ class Report:
     student: dict[str, Any]
     experts: str
     """low, high or mean; `single` where the teacher has one model."""
+    chosen_by: str
+    """weight norms, activations, or nothing."""
     blocks: list[int]
     tensors: list[TensorReport]
 
@@ -69,7 +72,8 @@ class Stripped:
 
     def __init__(self, teacher_dir: Path, experts: Experts) -> None:
         single = not (teacher_dir / "transformer_2").is_dir()
-        folders = [teacher_dir / name for name in (EXPERT_FOLDERS["high"] if single else EXPERT_FOLDERS[experts])]
+        self.folders = EXPERT_FOLDERS["high"] if single else EXPERT_FOLDERS[experts]
+        folders = [teacher_dir / name for name in self.folders]
         configs = [_read_config(folder) for folder in folders]
         if any(config != configs[0] for config in configs):
             raise BadUsage(wrong="the two experts differ in shape", found=f"{configs[0]} and {configs[1]}",
@@ -98,13 +102,39 @@ def strip(name: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(2) if name == "patch_embedding.weight" else tensor
 
 
-def project(teacher_dir: Path, student: StudentConfig, out_dir: Path, *, experts: Experts = "low") -> Report:
+def project(
+    teacher_dir: Path,
+    student: StudentConfig,
+    out_dir: Path,
+    *,
+    experts: Experts = "low",
+    statistics_path: Path | None = None,
+) -> Report:
     """Write a student cut from the teacher in `teacher_dir` (a diffusers pipeline folder) to `out_dir`."""
     teacher = Stripped(teacher_dir, experts)
     _refuse_misfit(teacher.config, student)
-    blocks = spread(teacher.config.num_layers, student.num_layers)
-    cuts = make_cuts(teacher.tensor, teacher.config, student, blocks)
-    report = make_report(teacher, student, blocks, cuts)
+    return cut_out(teacher, student, out_dir, importance_of(teacher, statistics_path))
+
+
+def statistics_of(shards: ShardSet) -> Path | None:
+    """Where a set keeps what its harvest heard of the teacher, if it did."""
+    path = shards.path / ASSETS / STATISTICS_NAME
+    return path if path.exists() else None
+
+
+def importance_of(teacher: Stripped, statistics_path: Path | None) -> Importance:
+    """By what a harvest saw, where it is given; of two averaged experts, the average."""
+    if statistics_path is None:
+        return ByNorms(teacher.tensor, teacher.config)
+    seen = [read_statistics(statistics_path, name) for name in teacher.folders]
+    mean = {name: torch.stack([each[name] for each in seen]).mean(dim=0) for name in seen[0]}
+    return ByActivations(teacher.tensor, teacher.config, mean)
+
+
+def cut_out(teacher: Stripped, student: StudentConfig, out_dir: Path, importance: Importance) -> Report:
+    blocks = importance.blocks(student.num_layers)
+    cuts = make_cuts(importance, teacher.tensor, teacher.config, student, blocks)
+    report = make_report(teacher, student, blocks, cuts, importance.name)
     write_atomic(out_dir / CONFIG_NAME, _json_bytes(student.to_dict()))
     write_atomic(out_dir / REPORT_NAME, _json_bytes(report.to_dict()))
     shapes = {tensor.name: tensor.shape for tensor in report.tensors}
@@ -114,7 +144,9 @@ def project(teacher_dir: Path, student: StudentConfig, out_dir: Path, *, experts
     return report
 
 
-def make_report(teacher: Stripped, student: StudentConfig, blocks: list[int], cuts: Mapping[str, Cut]) -> Report:
+def make_report(
+    teacher: Stripped, student: StudentConfig, blocks: list[int], cuts: Mapping[str, Cut], chosen_by: str
+) -> Report:
     """Every tensor of the student must have its cut, and no cut may be left over."""
     shapes, teacher_shapes = tensor_shapes(student), tensor_shapes(teacher.config)
     assert cuts.keys() == shapes.keys(), f"unmatched: {sorted(cuts.keys() ^ shapes.keys())}"
@@ -133,6 +165,7 @@ def make_report(teacher: Stripped, student: StudentConfig, blocks: list[int], cu
         teacher=teacher.config.to_wan_config(),
         student=student.to_dict(),
         experts=teacher.experts,
+        chosen_by=chosen_by,
         blocks=blocks,
         tensors=tensors,
     )

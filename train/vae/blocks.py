@@ -1,4 +1,4 @@
-"""The blocks of which train/vae.py builds Wan's autoencoder, each as it acts on a single frame.
+"""The blocks of which train/vae/network.py builds Wan's autoencoder, each as it acts on a single frame.
 
 All tensors are [B, C, H, W]; attribute names are diffusers', so that its weights load by name.
 """

@@ -4,8 +4,8 @@
         for step in feed:                    a Step: micro-batches of this rank, the cursor after it
             for micro in step.micros: micro.latents ... micro.text, micro.lengths, micro.inverse
 
-    order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/reading.py) or by
-    processes (train/ring.py) -> tensors over the same memory
+    order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/feed/reading.py) or by
+    processes (train/feed/ring.py) -> tensors over the same memory
 
 A step's memory is used again when the step after next is asked for, so that its copy to a device may still be under
 way while the next one is worked on. Nothing is allocated after the first round but small Python objects.
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from common.shards import ShardSet
-from train.filling import Filled
-from train.order import Batch, Order, Sample, Size
-from train.reading import Options, Part, PartReader, ThreadReader
-from train.ring import Ring
-from train.slots import Slot, SlotPlan
+from train.feed.filling import Filled
+from train.feed.order import Batch, Order, Sample, Size
+from train.feed.reading import Options, Part, PartReader, ThreadReader
+from train.feed.ring import Ring
+from train.feed.slots import Slot, SlotPlan, Spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,17 @@ class Micro:
     text: Tensor  # [U, L, D], zero beyond each one's length
     lengths: Tensor  # [U] int64
     inverse: Tensor  # [B] int64 into U
+    end: Tensor | None = None  # [B, C, H, W], where the point's segment ends; None: nobody asked
+    end_timesteps: Tensor | None = None  # [B] float32
+    end_sigmas: Tensor | None = None  # [B] float32
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        named = {name: getattr(self, name) for name in self.__slots__}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> "Micro":
-        return Micro(**{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__})
+        return Micro(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +77,7 @@ class Tray:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self._fixed = {name: torch.from_numpy(getattr(slot, name)) for name in self.FIXED}
+        self._fixed |= {name: torch.from_numpy(area) for name, area in slot.ends.items()}
         self._lengths = torch.from_numpy(slot.lengths)
 
     def micro(self, filled: Filled) -> Micro:
@@ -92,8 +101,9 @@ class Feed:
 
     def __init__(self, shards: ShardSet, order: Order, *, global_batch: int, micro_batch: int, rank: int, world: int,
                  deadline_s: float = 300.0, read_workers: int = 0, on_corrupt: str = "stop",
-                 text_max_length: int | None = None, say: Callable[..., None] | None = None) -> None:  # fmt: skip
-        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/filling.py."""
+                 text_max_length: int | None = None, spans: Spans | None = None,
+                 say: Callable[..., None] | None = None) -> None:  # fmt: skip
+        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/feed/filling.py."""
         self.num_micros = accumulation(global_batch, micro_batch, world)
         self.num_skipped, self.num_cut = 0, 0
         """Samples that were damaged, and such whose text was cut to text_max_length, as often as they came."""
@@ -101,12 +111,13 @@ class Feed:
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
         self._deadline_s, self._say = deadline_s, say or (lambda event, **facts: None)
         self._text_rows = min(text_max_length or shards.contract.text_length, shards.contract.text_length)
+        self._spans = spans
         self._said: set[tuple[str, int]] = set()
         self._num_ahead = 2 * max(1, read_workers) - 1  # one part read and one waiting, for each reader
         self._trays: dict[tuple[int, Size], tuple[Tray, ...]] = {}
         self._ahead: deque[Ahead] = deque()
         self._num_submitted = 0
-        options = Options(text_rows=self._text_rows, on_corrupt=on_corrupt, library=shards.library)
+        options = Options(text_rows=self._text_rows, on_corrupt=on_corrupt, library=shards.library, spans=spans)
         self._reader: PartReader = (
             Ring(shards.path, read_workers, options, self._say) if read_workers else ThreadReader(shards, options)
         )
@@ -153,7 +164,7 @@ class Feed:
     def _trays_of(self, number: int, size: Size) -> tuple[Tray, ...]:
         if (number, size) not in self._trays:
             plan = SlotPlan(contract=self._contract, size=size, num_samples=self._micro_batch,
-                            text_rows=self._text_rows)  # fmt: skip
+                            text_rows=self._text_rows, spans=self._spans)  # fmt: skip
             self._trays[number, size] = tuple(Tray(self._reader.slot(plan)) for _ in range(self.num_micros))
         return self._trays[number, size]
 

@@ -4,7 +4,7 @@
     slot = Slot(plan, buffer)                          views into plan.num_bytes of anybody's memory
 
 A text belongs to many samples: a slot holds its distinct texts once, and `inverse` says whose is whose.
-train/filling.py fills it.
+train/feed/filling.py fills it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,14 @@ import numpy as np
 
 from common.encoding import Encoding, PlainEncoding, encoding_of
 from common.record import Array, Contract
-from train.order import Size
+from train.feed.order import Size
 
 REQUEST = np.dtype([("stem", "S32"), ("record", "<i4"), ("point", "<i4")])
 """How a sample is named in shared memory."""
+Spans = tuple[tuple[int, int], ...]
+"""Point -> the point where its segment ends, FINAL: the record's end point."""
+FINAL = -1
+END_FIELDS = ("end", "end_timesteps", "end_sigmas")
 _ALIGNMENT = 64
 
 
@@ -31,11 +35,17 @@ class SlotPlan:
     num_samples: int
     text_rows: int
     """Longer texts are cut to so many."""
+    spans: Spans | None = None
+    """With each point the state at its segment's end."""
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        height, width = (side // self.contract.latent_stride for side in self.size)
+        return self.contract.latent_channels, height, width
 
     @property
     def encoding(self) -> Encoding:
-        height, width = (side // self.contract.latent_stride for side in self.size)
-        return encoding_of(self.contract, (self.contract.latent_channels, height, width))
+        return encoding_of(self.contract, self.state_shape)
 
     @property
     def is_plain(self) -> bool:
@@ -58,6 +68,9 @@ class SlotPlan:
                 for name, field in zip(("latents", "cond", "uncond"), decoded, strict=True)
             }
         scalars = {"timesteps": "f4", "sigmas": "f4", "expert": "i8", "inverse": "i8", "lengths": "i8"}
+        if self.spans:
+            scalars |= {"end_timesteps": "f4", "end_sigmas": "f4"}
+            points["end"] = (self.contract.storage_dtype, (n, *self.state_shape))
         text = (self.contract.storage_dtype, (n * self.text_rows * self.contract.text_dim,))
         return {
             "request": (REQUEST, (n,)),
@@ -79,6 +92,7 @@ class Slot:
             begin += _aligned(dtype, shape)
         self.request, self.timesteps, self.sigmas = arrays["request"], arrays["timesteps"], arrays["sigmas"]
         self.expert, self.inverse, self.lengths = arrays["expert"], arrays["inverse"], arrays["lengths"]
+        self.ends = {name: arrays[name] for name in END_FIELDS if name in arrays}
         self._encoding, self._text = plan.encoding, arrays["text"]
         self._is_plain = plan.is_plain
         if self._is_plain:
@@ -95,6 +109,12 @@ class Slot:
         read(index, self._stored.data.cast("B"))
         for area, decoded in zip(self._fields(), self._encoding.unpack(self._stored), strict=True):
             area[row] = decoded[0]
+
+    def read_end(self, row: int, read: Callable[[int, memoryview], None], index: int) -> None:
+        """The state of another point: the end of the row's segment."""
+        stored = np.empty((1, *self._encoding.point_shape), self._encoding.dtype)
+        read(index, stored.data.cast("B"))
+        self.ends["end"][row] = self._encoding.unpack(stored)[0][0]
 
     def write_texts(self, texts: Sequence[Array]) -> int:
         """Side by side, each padded with zeros to the longest, whose length is returned."""
@@ -113,7 +133,7 @@ class Slot:
         return self._text[: num_texts * longest * width].reshape(num_texts, longest, width)
 
     def copy_row(self, source: int, target: int) -> None:
-        for area in (*self._fields(), self.timesteps, self.sigmas, self.expert, self.inverse):
+        for area in (*self._fields(), self.timesteps, self.sigmas, self.expert, self.inverse, *self.ends.values()):
             area[target] = area[source]
 
     def _fields(self) -> tuple[Array, Array, Array]:

@@ -22,13 +22,14 @@ WAIT_S = 120.0
 class Epochs:
     """The frozen epochs of a run."""
 
-    def __init__(self, shards: ShardSet, folder: Path, *, rank: int) -> None:
-        self._shards, self._folder, self._rank = shards, folder, rank
+    def __init__(self, shards: ShardSet, folder: Path, *, rank: int, follow_s: float = 0.0) -> None:
+        """`follow_s`: an epoch that would bring nothing new waits so long for a shard to be committed."""
+        self._shards, self._folder, self._rank, self._follow_s = shards, folder, rank, follow_s
 
     def freeze(self, epoch: int) -> tuple[Receipt, ...]:
         path = self._path(epoch)
         if not path.exists():
-            self._write(path, epoch) if self._rank == 0 else _wait_for(path)
+            self._write(path, epoch) if self._rank == 0 else _wait_for(path, WAIT_S + self._follow_s)
         frozen = json.loads(path.read_bytes())["items"]  # item -> digest
         by_item = self._shards.manifest().by_item
         for item, digest in frozen.items():
@@ -51,21 +52,31 @@ class Epochs:
         return hashlib.sha256(self._path(epoch).read_bytes()).hexdigest()
 
     def _write(self, path: Path, epoch: int) -> None:
-        receipts = self._shards.manifest().receipts
+        receipts = self._followed(epoch)
         if not receipts:
             raise Partial(wrong=f"{self._shards.path} holds no shard yet", found="0 receipts", mend="harvest first")
         frozen = {"epoch": epoch, "items": {receipt.item: receipt.digest for receipt in receipts}}
         write_atomic(path, json.dumps(frozen, indent=0).encode())
 
+    def _followed(self, epoch: int) -> tuple[Receipt, ...]:
+        """What is committed, once it is more than the epoch before had or the patience is at its end."""
+        before = len(json.loads(self._path(epoch - 1).read_bytes())["items"]) if epoch else 0
+        deadline = time.monotonic() + self._follow_s
+        while len(receipts := self._shards.manifest().receipts) <= before and time.monotonic() < deadline:
+            time.sleep(min(1.0, self._follow_s / 20))
+        if len(receipts) <= before:  # the harvest is over: later epochs do not wait for it again
+            self._follow_s = 0.0
+        return receipts
+
     def _path(self, epoch: int) -> Path:
         return self._folder / f"{epoch:04d}.json"
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + WAIT_S
+def _wait_for(path: Path, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
     while not path.exists():
         if time.monotonic() > deadline:
             raise Partial(
-                wrong="rank 0 did not freeze the epoch", found=f"no {path} in {WAIT_S:.0f} s", mend="run again"
+                wrong="rank 0 did not freeze the epoch", found=f"no {path} in {patience_s:.0f} s", mend="run again"
             )
         time.sleep(0.02)

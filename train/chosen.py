@@ -1,0 +1,71 @@
+"""Records of a set that training looks at but does not learn from: to draw them, and to measure on them. No torch.
+
+records = first_records(shards, 16)              held-out ones first, all of one picture size
+records = held_out_records(shards, 64)           held-out ones alone, of that size
+records = records_of_prompts(shards, prompts)    those prompts, or refused with what to do
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from common.errors import Partial, Refused
+from common.manifest import Receipt
+from common.record import Record
+from common.shards import ShardSet, is_held_out
+
+
+def first_records(shards: ShardSet, num: int) -> list[Record]:
+    """Held-out records first, in the manifest's order; all of one size."""
+    return _read(shards, [*_of_kind(shards, True, num), *_of_kind(shards, False, num)][:num])
+
+
+def held_out_records(shards: ShardSet, num: int) -> list[Record]:
+    return _read(shards, _of_kind(shards, True, num))
+
+
+def records_of_prompts(shards: ShardSet, prompts: Sequence[str]) -> list[Record]:
+    """The first record of each prompt, of the set's first size."""
+    wanted = [" ".join(prompt.split()) for prompt in prompts]
+    found: dict[str, Record] = {}
+    for receipt in _one_size(shards):
+        header = shards.read(receipt).header
+        for index, number in enumerate(header.prompt_of):
+            prompt = header.prompts[number]
+            if prompt in wanted and prompt not in found:
+                found[prompt] = shards.read(receipt).record(index)
+        if len(found) == len(set(wanted)):
+            break
+    missing = [prompt for prompt in wanted if prompt not in found]
+    if missing:
+        raise Refused(
+            wrong=f"sample_prompts: the set holds no record of {len(missing)} of them",
+            found=f"'{missing[0]}'; training has no text encoder",
+            mend="append them to the harvest's prompts file and run the harvest again, or name prompts that it holds",
+        )
+    return [found[prompt] for prompt in wanted]
+
+
+def num_held_out(records: Sequence[Record]) -> int:
+    return sum(is_held_out(record.prompt) for record in records)
+
+
+def _of_kind(shards: ShardSet, held_out: bool, num: int) -> list[tuple[Receipt, int]]:
+    chosen: list[tuple[Receipt, int]] = []
+    for receipt in _one_size(shards):
+        chosen += [(receipt, int(index)) for index in np.flatnonzero(receipt.held_out_records() == held_out)]
+        if len(chosen) >= num:
+            break
+    return chosen[:num]
+
+
+def _one_size(shards: ShardSet) -> Iterator[Receipt]:
+    receipts = shards.manifest().receipts
+    if not receipts:
+        raise Partial(wrong=f"{shards.path} holds no record", found="0 receipts", mend="harvest first")
+    size = receipts[0].height, receipts[0].width
+    return (receipt for receipt in receipts if (receipt.height, receipt.width) == size)
+
+
+def _read(shards: ShardSet, places: Sequence[tuple[Receipt, int]]) -> list[Record]:
+    return [shards.read(receipt).record(index) for receipt, index in places]

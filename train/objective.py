@@ -1,0 +1,185 @@
+"""What a student is asked, and what it should answer. Another objective is another class here and its name below.
+
+    objective = objective_of(config, contract)      parsed, and checked against the set
+    question = objective.ask(micro)                 what the student sees, and the velocity that it should answer
+    grid = objective.grid(steps=20)                 the walk from noise to picture of a student trained so
+
+    output     the teacher's guided prediction at each stored point: a student that walks as its teacher does
+    segment    the mean velocity between two stored points of one record, which is all that one long step needs to know:
+               a student of few steps, with the guidance inside (progressive distillation, Salimans & Ho 2202.00512,
+               without its rounds, because the whole path is stored)
+
+Whatever the teacher predicts and however it adds noise, a student is a rectified flow: it is fed (1 - sigma) x0 +
+sigma noise at t = 1000 sigma and answers with noise - x0.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import BadUsage, Refused
+from common.record import Contract
+from common.schedule import GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
+from train.config import TrainConfig
+from train.feed.data import Micro
+from train.feed.slots import FINAL, Spans
+
+GRID = "flow_match"
+"""What the export's scheduler walks, too."""
+
+
+class Question(NamedTuple):
+    latents: Tensor  # [B, C, H, W]
+    timesteps: Tensor  # [B] on 0..1000
+    target: Tensor  # [B, C, H, W], a velocity
+
+
+class Objective(Protocol):
+    @property
+    def spans(self) -> Spans | None:
+        """Which points are asked about, and which are read with them; None: all of them, each by itself."""
+
+    def ask(self, micro: Micro) -> Question: ...
+
+    def grid(self, steps: int | None) -> Grid:
+        """`steps` None: as many as suit it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """The teacher's guided prediction, at the point where it was made."""
+
+    contract: Contract
+    guidance: tuple[float, ...]
+    spans: None = None
+
+    def ask(self, micro: Micro) -> Question:
+        guidance = torch.tensor(self.guidance, device=micro.cond.device)
+        target = guided(micro.cond.float(), micro.uncond.float(), micro.expert, guidance)
+        seen, sizes = micro.latents.float(), sizes_of(self.contract, micro.timesteps)
+        if self.contract.prediction != "flow":
+            sigma = _column(micro.sigmas)
+            scale = 1 if sizes is None else _column(sizes)
+            x0, noise = to_x0_noise(self.contract.prediction, target, seen, scale * (1 - sigma), scale * sigma)
+            target = noise - x0
+        return Question(in_flow_coordinates(seen, sizes), fed(micro, sizes), target)
+
+    def grid(self, steps: int | None) -> Grid:
+        return GRIDS[GRID](steps or self.contract.steps, self.contract.shift, train_steps=self.contract.train_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The mean velocity from a point to the end of its segment: (x_b - x_a) / (sigma_b - sigma_a)."""
+
+    contract: Contract
+    spans: Spans
+    walk: Grid
+
+    def ask(self, micro: Micro) -> Question:
+        assert micro.end is not None and micro.end_sigmas is not None and micro.end_timesteps is not None
+        sizes = sizes_of(self.contract, micro.timesteps)
+        here = in_flow_coordinates(micro.latents.float(), sizes)
+        # An end point (t = 0) is stored as it is.
+        end_sizes = sizes_of(self.contract, micro.end_timesteps)
+        if end_sizes is not None:
+            end_sizes = torch.where(micro.end_sigmas == 0, torch.ones_like(end_sizes), end_sizes)
+        there = in_flow_coordinates(micro.end.float(), end_sizes)
+        return Question(here, fed(micro, sizes), (there - here) / _column(micro.end_sigmas - micro.sigmas))
+
+    def grid(self, steps: int | None) -> Grid:
+        if steps not in (None, self.walk.num_steps):
+            raise Refused(
+                wrong=f"--steps {steps}",
+                found=f"a student of {self.walk.num_steps} segments: it takes these steps and no others",
+                mend="leave --steps away",
+            )
+        return self.walk
+
+
+def objective_of(config: TrainConfig, contract: Contract) -> Objective:
+    if config.objective == "segment":
+        return _segment(config, contract)
+    if config.segments is not None:
+        raise BadUsage(wrong="segments", found=f"{config.segments} with objective: output", mend="remove it")
+    guidance = config.guidance or contract.guidance
+    if len(guidance) != len(contract.guidance):
+        raise BadUsage(
+            wrong="guidance",
+            found=f"{list(guidance)}, the set's teacher has {len(contract.guidance)} experts",
+            mend="give one number per expert, or null for the set's own",
+        )
+    return Output(contract=contract, guidance=guidance)
+
+
+def _segment(config: TrainConfig, contract: Contract) -> Segment:
+    if config.guidance not in (None, contract.guidance):
+        raise Refused(
+            wrong="guidance: another w than the set's, with objective: segment",
+            found=f"{list(config.guidance or ())}, the paths were walked with {list(contract.guidance)}",
+            mend="guidance: null, or harvest with the guidance that you want",
+        )
+    if contract.source != "trajectory":
+        raise Refused(
+            wrong="objective: segment wants points of one path",
+            found=f"a set of source {contract.source}: its points do not lie on one",
+            mend="harvest with source: trajectory, or train with objective: output",
+        )
+    kept = _kept_by_all(contract)
+    num_points, num = len(kept), config.segments or len(kept)
+    if num > num_points:
+        raise Refused(wrong=f"segments: {num}", found=f"{num_points} points a record", mend="ask for fewer")
+    begins = [number * num_points // num for number in range(num)]
+    even = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
+    steps = kept[begins]
+    sigmas = even.sigmas[steps]
+    told = even.timesteps[steps] if contract.noise == "flow" else sigmas * np.float32(1000)
+    walk = Grid(sigmas=np.append(sigmas, np.float32(0)), timesteps=told)
+    return Segment(contract=contract, spans=tuple(zip(begins, [*begins[1:], FINAL], strict=True)), walk=walk)
+
+
+def _kept_by_all(contract: Contract) -> np.ndarray:
+    """The steps that every record holds, from noise on."""
+    pinned = sorted(set(contract.keep_at))
+    kept = np.arange(contract.steps) if contract.keep == contract.steps else np.array(pinned, np.int64)
+    if len(kept) != contract.keep or kept[0] != 0:
+        even = [number * contract.steps // contract.keep for number in range(contract.keep)]
+        raise Refused(
+            wrong="objective: segment wants the same points in every record, noise first",
+            found=f"keep {contract.keep} of {contract.steps} steps, keep_at {list(contract.keep_at)}; others are drawn",
+            mend=f"harvest with keep_at: {even}",
+        )
+    return kept
+
+
+def guided(cond: Tensor, uncond: Tensor, expert: Tensor, guidance: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2207.12598, eq. 6) with the w of each sample's expert."""
+    w = guidance[expert].view(-1, 1, 1, 1)
+    return uncond + w * (cond - uncond)
+
+
+def sizes_of(contract: Contract, timesteps: Tensor) -> Tensor | None:
+    """[B]: by what the teacher's state is larger than the flow's, a + b of x = a x0 + b noise; None: by nothing."""
+    if contract.noise == "flow":
+        return None
+    _, schedule, start, end = contract.noise.split()
+    a, b = vp_levels(schedule, float(start), float(end), contract.train_steps)
+    table = torch.from_numpy((a + b).astype(np.float32)).to(timesteps.device)
+    return table[timesteps.round().long()]
+
+
+def in_flow_coordinates(latents: Tensor, sizes: Tensor | None) -> Tensor:
+    return latents if sizes is None else latents / _column(sizes)
+
+
+def fed(micro: Micro, sizes: Tensor | None) -> Tensor:
+    """The timestep that the student is told."""
+    return micro.timesteps if sizes is None else micro.sigmas * 1000
+
+
+def _column(numbers: Tensor) -> Tensor:
+    return numbers.view(-1, 1, 1, 1)

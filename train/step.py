@@ -1,0 +1,137 @@
+"""One optimizer step: what changes the weights, and nothing that waits, logs or saves.
+
+    stepper = Stepper(config, world, state, objective, weights, total_steps)
+    taken = stepper.take(step)              the state is one step further
+
+    micro-batches: forward, loss, backward -> gradients averaged over ranks -> clipped -> optimizer -> moving average
+
+A step whose gradient is not finite changes no weight: NaN and Inf survive the average over ranks, so all of them see
+it and skip alike, without a word between them.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import Partial
+from train.config import TrainConfig
+from train.dist import World
+from train.feed.data import Micro, Step
+from train.loss import NUM_LEVELS, error_of, level_sums, levels_of
+from train.objective import Objective
+from train.optim import learning_rate, update_ema
+from train.state import TrainState
+
+MAX_SKIPPED, SKIPPED_OF = 10, 100
+"""So many skipped steps among the last so many end the run."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What a step leaves behind for those who watch."""
+
+    sums: Tensor  # [2, NUM_LEVELS] float64, of this rank
+    norm: Tensor
+    """Of the gradient, before clipping."""
+    rate: float
+    skipped: bool
+    suspects: tuple[int, ...]
+    """Of a skipped step: which samples of this rank had a loss that is not finite."""
+
+
+class Stepper:
+    """The student with its optimizer, ready to take steps."""
+
+    def __init__(self, config: TrainConfig, world: World, state: TrainState, objective: Objective,
+                 weights: Tensor | None, total_steps: int) -> None:  # fmt: skip
+        self._config, self._world, self._state, self._objective = config, world, state, objective
+        self._weights = None if weights is None else weights.to(world.device)
+        self._total_steps = total_steps
+        forward: Any = torch.compile(state.student) if config.compile else state.student
+        self._student: nn.Module = world.wrap(forward)
+        self._gradients = world.flat_gradients(state.student)
+
+    def take(self, step: Step) -> Taken:
+        state, config = self._state, self._config
+        rate = learning_rate(state.step, self._total_steps, config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        self._forget_gradients()
+        sums = torch.zeros(2, NUM_LEVELS, dtype=torch.float64, device=self._world.device)
+        errors = []
+        for number, host_micro in enumerate(step.micros):
+            micro = host_micro.to(self._world.device)
+            is_last = number == len(step.micros) - 1
+            with contextlib.nullcontext() if is_last else self._without_sync():
+                errors.append(self.backward(micro, share=1 / len(step.micros)))
+            sums += level_sums(micro.sigmas, errors[-1])
+        if self._gradients:
+            self._gradients.average()
+        norm, skipped = self._descend()
+        state.step += 1
+        state.samples_seen += len(step.samples)
+        state.cursor, state.epoch = step.cursor, step.epoch
+        suspects: tuple[int, ...] = ()
+        if skipped:
+            suspects = tuple((~torch.cat(errors).isfinite()).nonzero().flatten().tolist())
+            sums.zero_()
+        return Taken(sums=sums, norm=norm, rate=rate, skipped=skipped, suspects=suspects)
+
+    def backward(self, micro: Micro, *, share: float) -> Tensor:
+        """Gradients of one micro-batch; its errors, [B]."""
+        with self._autocast():
+            per_sample = error_of(self._student, self._objective.ask(micro), micro)
+        weighted = per_sample if self._weights is None else per_sample * self._weights[levels_of(micro.sigmas)]
+        self._state.scaler.scale(weighted.mean() * share).backward()
+        return per_sample.detach()
+
+    def rehearse(self, micro: Micro) -> None:
+        """All that a micro-batch costs, and nothing of it stays."""
+        with self._without_sync():
+            self.backward(micro.to(self._world.device), share=1.0)
+        self._state.optimizer.zero_grad(set_to_none=True)
+
+    def _descend(self) -> tuple[Tensor, bool]:
+        """The gradient's norm, and whether the step was skipped."""
+        state, config = self._state, self._config
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.student.parameters(), config.max_grad_norm)
+        skipped = not bool(norm.isfinite())
+        if not skipped:
+            state.scaler.step(state.optimizer)
+            update_ema(state.ema, state.student, state.step, config.ema_decay)
+        elif not state.scaler.is_enabled() or state.scaler.get_scale() <= 1:  # else the scale was too large, and falls
+            state.skipped.append(state.step)
+        state.scaler.update()
+        return norm, skipped
+
+    def _forget_gradients(self) -> None:
+        if self._gradients:
+            self._gradients.zero()
+        else:
+            self._state.optimizer.zero_grad(set_to_none=True)
+
+    def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
+        """Gradients cross the network once per optimizer step."""
+        wrapped = isinstance(self._student, nn.parallel.DistributedDataParallel)
+        return self._student.no_sync() if wrapped else contextlib.nullcontext()  # type: ignore[operator]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._world.device.type, dtype=DTYPES[self._config.precision])
+
+
+def require_progress(state: TrainState, ids: list[str]) -> None:
+    """End a run that skips too much, by a fault that names the last samples."""
+    recent = [step for step in state.skipped if step >= state.step - SKIPPED_OF]
+    if len(recent) >= MAX_SKIPPED:
+        raise Partial(
+            wrong=f"{len(recent)} of the last {min(SKIPPED_OF, state.step)} steps had no finite gradient",
+            found=f"the last with {', '.join(ids) or 'finite losses'}",
+            mend="lower lr or use precision: bfloat16 or float32; go on from an older checkpoint by removing the newer",
+        )

@@ -1,0 +1,1 @@
+"""Wan-Lite, and how it is cut from a teacher."""

@@ -1,0 +1,1 @@
+"""Wan's autoencoder for one frame, as the 2D network that it is."""

@@ -1,0 +1,47 @@
+"""A large picture through a network in overlapping tiles, whose edges fade into each other.
+
+    pixels = in_tiles(decoder, latents, tile=128, overlap=32, scale=Fraction(8))        scale: of the output's sides
+
+What fits into one tile goes through whole, bit for bit as without tiles.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, scale: Fraction) -> Tensor:
+    """x [B, C, H, W] -> [B, C', H * scale, W * scale]; `network` is given at most `tile` pixels a side."""
+    height, width = x.shape[2:]
+    if max(height, width) <= tile:
+        return network(x)
+    out: Tensor | None = None
+    total = torch.zeros(1, 1, int(height * scale), int(width * scale), device=x.device)
+    for top in begins(height, tile, overlap):
+        for left in begins(width, tile, overlap):
+            part = network(x[:, :, top : top + tile, left : left + tile])
+            rows, columns = part.shape[2:]
+            weight = (ramp(rows, int(overlap * scale))[:, None] * ramp(columns, int(overlap * scale))).to(x.device)
+            down, right = int(top * scale), int(left * scale)
+            if out is None:
+                out = torch.zeros(*part.shape[:2], *total.shape[2:], device=x.device)
+            out[:, :, down : down + rows, right : right + columns] += weight * part.float()
+            total[:, :, down : down + rows, right : right + columns] += weight
+    assert out is not None
+    return (out / total).to(x.dtype)
+
+
+def begins(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along one side: they cover it, and neighbours share at least `overlap`."""
+    if length <= tile:
+        return [0]
+    num = -(-(length - overlap) // (tile - overlap))
+    return [round(number * (length - tile) / (num - 1)) for number in range(num)]
+
+
+def ramp(length: int, overlap: int) -> Tensor:
+    """[length]: rises over the overlap, falls over it at the end; nowhere zero, so that edges of the picture count."""
+    steps = torch.arange(1, length + 1, dtype=torch.float32)
+    return (torch.minimum(steps, length + 1 - steps) / (overlap + 1)).clamp(max=1.0)
