@@ -9,6 +9,7 @@ network is fed the timestep t = 1000 sigma. Grids are named functions, because s
     vp_grid            a variance-preserving (Stable Diffusion) process in flow coordinates
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,17 @@ def kept_steps(
     ]
     wanted = list(dict.fromkeys([*pinned, *first_of_each, *map(int, draw)]))
     return np.array(sorted(wanted[:num_kept]), np.int64)
+
+
+def pinned_points(contract: Contract, key: str) -> NDArray[np.int64] | None:
+    """Which of a record's points are the steps that every record keeps; None: all of them, none was drawn."""
+    pinned = sorted(set(contract.keep_at))
+    if contract.keep in (contract.steps, len(pinned)):
+        return None
+    even = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)  # jitter moves no step to another expert
+    experts = expert_of(even.timesteps, contract.boundary, train_steps=contract.train_steps)
+    kept = kept_steps(key, contract.steps, contract.keep, experts, contract.keep_at)
+    return np.searchsorted(kept, pinned)
 
 
 def _generator(seed: int, *, stream: int) -> np.random.Generator:

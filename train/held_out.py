@@ -7,6 +7,7 @@
 Groups are noise levels (the quarters of sigma) and experts.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.record import Record
+from common.record import Contract, Record
+from common.schedule import pinned_points
 from train.feed.data import Micro
 from train.feed.slots import FINAL, Spans
 from train.loss import NUM_LEVELS, error_of, levels_of
@@ -55,6 +57,8 @@ class HeldOut:
     def __init__(self, objective: Objective, records: Sequence[Record], *, text_rows: int,
                  device: torch.device) -> None:  # fmt: skip
         self._objective, self._device = objective, device
+        if objective.spans is not None:
+            records = [only_pinned(record, objective.contract) for record in records]
         places = [(record, point) for record in records for point in _points(record, objective.spans)]
         self._micros = [
             micro_of(places[begin : begin + BATCH], objective.spans, text_rows=text_rows)
@@ -105,6 +109,15 @@ def _ends(places: Sequence[tuple[Record, int]], end_of: dict[int, int]) -> dict[
     return {"end": torch.from_numpy(np.stack([state.astype(np.float32) for state in states])),
             "end_sigmas": torch.from_numpy(np.array(sigmas)),
             "end_timesteps": torch.from_numpy(np.array(timesteps))}  # fmt: skip
+
+
+def only_pinned(record: Record, contract: Contract) -> Record:
+    """Without the points that were drawn: what a segment's begins and ends are numbers of."""
+    points = pinned_points(contract, record.key)
+    if points is None:
+        return record
+    names = ("timesteps", "sigmas", "expert", "latents", "cond", "uncond")
+    return dataclasses.replace(record, **{name: getattr(record, name)[points] for name in names})
 
 
 def _points(record: Record, spans: Spans | None) -> list[int]:

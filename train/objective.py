@@ -40,6 +40,9 @@ class Question(NamedTuple):
 
 class Objective(Protocol):
     @property
+    def contract(self) -> Contract: ...
+
+    @property
     def spans(self) -> Spans | None:
         """Which points are asked about, and which are read with them; None: all of them, each by itself."""
 
@@ -144,14 +147,12 @@ def _segment(config: TrainConfig, contract: Contract) -> Segment:
 
 def _kept_by_all(contract: Contract) -> np.ndarray:
     """The steps that every record holds, from noise on."""
-    pinned = sorted(set(contract.keep_at))
-    kept = np.arange(contract.steps) if contract.keep == contract.steps else np.array(pinned, np.int64)
-    if len(kept) != contract.keep or kept[0] != 0:
-        even = [number * contract.steps // contract.keep for number in range(contract.keep)]
+    kept = np.arange(contract.steps) if contract.keep == contract.steps else np.unique(contract.keep_at)
+    if len(kept) < 2 or kept[0] != 0:
         raise Refused(
-            wrong="objective: segment wants the same points in every record, noise first",
-            found=f"keep {contract.keep} of {contract.steps} steps, keep_at {list(contract.keep_at)}; others are drawn",
-            mend=f"harvest with keep_at: {even}",
+            wrong="objective: segment wants steps that every record keeps, noise first",
+            found=f"keep_at {list(contract.keep_at)}; the other points of a record are drawn",
+            mend=f"harvest with keep_at: {[number * contract.steps // 4 for number in range(4)]}",
         )
     return kept
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.config import check
+from common.schedule import contract_grid
 from common.shards import ShardSet
 from tests.made import NUMERICS, harvest_config, harvest_here, made_contract, made_record
 from train.config import TrainConfig
@@ -25,7 +26,9 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def made_set(folder: Path, container: str, encoding: str) -> ShardSet:
-    contract = made_contract(keep=3, encoding=encoding, latent_dtype="float32" if encoding == "float32" else "float16")
+    contract = made_contract(
+        keep=3, keep_at=(0, 2, 5), encoding=encoding, latent_dtype="float32" if encoding == "float32" else "float16"
+    )
     shards = ShardSet.create(folder, contract)
     for first in (0, 4):
         records = [made_record(first + number, contract) for number in range(4)]
@@ -102,3 +105,36 @@ def test_a_few_step_student_is_trained_drawn_and_measured(tmp_path: Path, path_s
     train(first, ALONE)
     untrained = evaluate(tmp_path / "first", num=6, steps=None, grader=None)
     assert trained["psnr"] > untrained["psnr"] + 1
+
+
+@pytest.mark.parametrize("read_workers", [0, 1])
+def test_segments_are_found_among_points_that_were_drawn(tmp_path: Path, micro_wan: Path, read_workers: int) -> None:
+    """Every record keeps the edges and two more points of its own: their numbers differ from record to record."""
+    from train.feed.slots import FINAL
+    from train.held_out import HeldOut, only_pinned
+    from train.objective import objective_of
+
+    set_path = harvest_here(harvest_config(tmp_path / "set", micro_wan, steps=12, keep=6))
+    shards = ShardSet.open(set_path)
+    assert shards.contract.keep_at == (0, 3, 6, 9)
+    config = check(TrainConfig, {"set": set_path, "init": "i", "out": "o", "objective": "segment"}, source="test")
+    objective = objective_of(config, shards.contract)
+    receipts, seen = shards.manifest().receipts, set()
+    order = Order(0, lambda epoch: receipts, points=tuple(begin for begin, _ in objective.spans or ()))
+    with Feed(shards, order, global_batch=8, micro_batch=8, rank=0, world=1, spans=objective.spans,
+              read_workers=read_workers) as feed:  # fmt: skip
+        for _, step in zip(range(6), feed, strict=False):
+            micro = step.micros[0]
+            assert micro.end is not None and micro.end_sigmas is not None
+            for row, sample in enumerate(step.samples):
+                record = shards.read(sample.receipt).record(sample.record)
+                edges = contract_grid(shards.contract, int(record.key, 16)).sigmas[[0, 3, 6, 9, 12]]
+                assert (micro.sigmas[row], micro.end_sigmas[row]) == (edges[sample.point], edges[sample.point + 1])
+                at = int(np.flatnonzero(record.sigmas == edges[sample.point])[0])
+                np.testing.assert_array_equal(micro.latents[row], record.latents[at])
+                seen.add(at - sample.point)
+    assert len(seen) > 1, "else nothing was drawn between the edges"
+    records = [shards.read(receipts[0]).record(index) for index in range(2)]
+    assert [len(only_pinned(record, shards.contract).sigmas) for record in records] == [4, 4]
+    held_out = HeldOut(objective, records, text_rows=9, device=torch.device("cpu"))
+    assert held_out.num_points == 8 and dict(objective.spans or ())[3] == FINAL

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from common.errors import Corrupt, Partial
 from common.manifest import Receipt
-from common.record import Array
+from common.record import Array, Contract
+from common.schedule import pinned_points
 from common.shard_reader import LibraryReader, OffsetReader, ShardReader
 from common.shards import ShardSet
 from train.feed.order import Sample
@@ -50,28 +51,38 @@ class Shelved(NamedTuple):
     timesteps: Array  # [R * K]
     sigmas: Array  # [R * K]
     expert: Array  # [R * K]
+    pinned: list[Array] | None
+    """Per record, the points that a segment's begins and ends are numbers of; None: all of them, in order."""
+
+    def place(self, record: int, number: int) -> int:
+        return record * self.num_points + (number if self.pinned is None else int(self.pinned[record][number]))
 
 
 class Shelf:
     """Opened shards. Where all are as likely to be needed next, closing the oldest is as good as any rule."""
 
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardSet, *, by_segments: bool = False) -> None:
+        self._shards, self._by_segments = shards, by_segments
         self._open: dict[str, Shelved] = {}
 
     def shard(self, receipt: Receipt) -> Shelved:
         stem = receipt.stem
         if stem not in self._open:
-            shelved = self._open[stem] = _shelved(self._shards.read(receipt))
+            shelved = self._open[stem] = _shelved(self._shards.read(receipt), self._pinned_contract)
             while len(self._open) > (
                 MAX_WHOLE_SHARDS if isinstance(shelved.reader, LibraryReader) else MAX_OPEN_SHARDS
             ):
                 del self._open[next(iter(self._open))]
         return self._open[stem]
 
+    @property
+    def _pinned_contract(self) -> Contract | None:
+        return self._shards.contract if self._by_segments else None
 
-def _shelved(reader: ShardReader) -> Shelved:
+
+def _shelved(reader: ShardReader, pinned_by: Contract | None) -> Shelved:
     receipt, header = reader.receipt, reader.header
+    pinned = [] if pinned_by is None else [pinned_points(pinned_by, key) for key in header.keys]
     num_points = receipt.num_points
 
     def read(index: int, out: memoryview) -> None:
@@ -85,6 +96,7 @@ def _shelved(reader: ShardReader) -> Shelved:
         timesteps=header.timesteps.ravel(),
         sigmas=header.sigmas.ravel(),
         expert=header.expert.ravel(),
+        pinned=[points for points in pinned if points is not None] or None,
     )
 
 
@@ -130,8 +142,8 @@ class Found(NamedTuple):
 class Filler:
     """One reader of micro-batches: a thread's, or a process's."""
 
-    def __init__(self, shards: ShardSet, *, text_rows: int, on_corrupt: str) -> None:
-        self._shelf, self._texts = Shelf(shards), Texts(text_rows)
+    def __init__(self, shards: ShardSet, *, text_rows: int, on_corrupt: str, by_segments: bool = False) -> None:
+        self._shelf, self._texts = Shelf(shards, by_segments=by_segments), Texts(text_rows)
         self._skips = on_corrupt == "skip"
 
     def fill(self, slot: Slot, samples: Sequence[Sample], progress: Array) -> Filled:
@@ -150,7 +162,7 @@ class Filler:
             try:
                 slot.read_point(row, shard.read, index)
                 if slot.plan.spans:
-                    _read_end(slot, row, shard, index, dict(slot.plan.spans))
+                    _read_end(slot, row, shard, samples[row])
             except (Corrupt, OSError) as error:
                 bad[row] = self._pardoned(error, samples[row])
                 del found[row]
@@ -164,7 +176,7 @@ class Filler:
         receipt, record, point = sample
         shard = self._shelf.shard(receipt)
         name, text = self._texts.get(shard, record)
-        return Found(shard, record * shard.num_points + point, name, text)
+        return Found(shard, shard.place(record, point), name, text)
 
     def _pardoned(self, error: Corrupt | OSError, sample: Sample) -> Corrupt:
         """Damage, where it may be skipped; anything else is raised."""
@@ -179,14 +191,14 @@ class Filler:
         return error
 
 
-def _read_end(slot: Slot, row: int, shard: Shelved, index: int, end_of: Mapping[int, int]) -> None:
+def _read_end(slot: Slot, row: int, shard: Shelved, sample: Sample) -> None:
     """The state where the row's segment ends."""
-    record, point = divmod(index, shard.num_points)
-    if end_of[point] == FINAL:
-        slot.ends["end"][row] = shard.reader.read_final(record)
+    number = dict(slot.plan.spans or ())[sample.point]
+    if number == FINAL:
+        slot.ends["end"][row] = shard.reader.read_final(sample.record)
         slot.ends["end_sigmas"][row] = slot.ends["end_timesteps"][row] = 0.0
         return
-    end = record * shard.num_points + end_of[point]
+    end = shard.place(sample.record, number)
     slot.read_end(row, shard.read, end)
     slot.ends["end_sigmas"][row], slot.ends["end_timesteps"][row] = shard.sigmas[end], shard.timesteps[end]
 

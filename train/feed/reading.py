@@ -75,7 +75,8 @@ class ThreadReader:
     """Fills parts in the order in which they come."""
 
     def __init__(self, shards: ShardSet, options: Options) -> None:
-        self._filler = Filler(shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt)
+        self._filler = Filler(shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt,
+                              by_segments=bool(options.spans))  # fmt: skip
         self._progress = np.full(1, NOT_BEGUN, np.int64)
         self._asked: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._answered: queue.SimpleQueue[Part] = queue.SimpleQueue()

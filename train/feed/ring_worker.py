@@ -41,7 +41,8 @@ class Worker:
     def __init__(self, set_path: Path, memory_fd: int, number: int, options: Options) -> None:
         self._shards = ShardSet.open(set_path, library=options.library)
         self._memory_fd, self._options = memory_fd, options
-        self._filler = Filler(self._shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt)
+        self._filler = Filler(self._shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt,
+                              by_segments=bool(options.spans))  # fmt: skip
         self._progress = progress_of(memory_fd, number)
         self._slots: dict[int, Slot] = {}
         self._receipt = functools.lru_cache(maxsize=1024)(self._read_receipt)

@@ -20,7 +20,7 @@ from train.feed.order import Size
 REQUEST = np.dtype([("stem", "S32"), ("record", "<i4"), ("point", "<i4")])
 """How a sample is named in shared memory."""
 Spans = tuple[tuple[int, int], ...]
-"""Point -> the point where its segment ends, FINAL: the record's end point."""
+"""Begin -> end of a segment, both numbers among the points that every record keeps; FINAL: the record's end point."""
 FINAL = -1
 END_FIELDS = ("end", "end_timesteps", "end_sigmas")
 _ALIGNMENT = 64
