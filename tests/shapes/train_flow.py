@@ -21,12 +21,15 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from tests.shapes.against_the_clock import Training, averaged
+from tests.shapes.draw import parse
 from tests.shapes.fast_attention import FastAttention, padding_bias, use_fast_attention
 from tests.shapes.text import new_text_encoder, new_tokenizer
 
 SHIFT, BOUNDARY = 3.0, 0.875
 BATCH = 64
 CAPTION_DROPOUT = 0.12
+HARD = {("small", "star"): 4.0, ("small", "triangle"): 2.0, ("small", "cross"): 2.0, ("small", "heart"): 1.5}
+"""What the experts get wrong is shown to them more often."""
 CAPTION_TOKENS = 12
 HIDDEN_SIZE = {"num_attention_heads": 4, "attention_head_dim": 48, "ffn_dim": 768, "num_layers": 6}
 
@@ -51,6 +54,7 @@ class EncodedScenes:
 
     latents: Tensor  # fp16 [N, 16, h, w]
     tokens: Tensor  # int64 [N, 12]
+    shares: np.ndarray  # [N], how often each is drawn while experts are trained: HARD ones more
 
     @classmethod
     def load(cls, path: Path) -> "EncodedScenes":
@@ -58,7 +62,9 @@ class EncodedScenes:
             captions = stored.metadata()["captions"].split("\n")
             latents = stored.get_tensor("latents")
         tokenizer = new_tokenizer()
-        return cls(latents=latents, tokens=torch.tensor([tokenizer.encode(caption).ids for caption in captions]))
+        tokens = torch.tensor([tokenizer.encode(caption).ids for caption in captions])
+        shares = np.array([HARD.get((scene.size, scene.shape), 1.0) for scene in map(parse, captions)])
+        return cls(latents=latents, tokens=tokens, shares=shares / shares.sum())
 
 
 def text_rows(encoder: UMT5EncoderModel, tokens: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,10 +85,10 @@ class Batch:
     sigma: Tensor  # [B]
 
 
-def make_batch(scenes: EncodedScenes, seed: int, step: int, low: float, high: float) -> Batch:
+def make_batch(scenes: EncodedScenes, seed: int, step: int, low: float, high: float, *, hard: bool = False) -> Batch:
     """A function of (seed, step); the levels are spread evenly over the batch, low <= sigma <= high."""
     random = np.random.Generator(np.random.Philox(key=(seed << 32) + step))
-    chosen = torch.from_numpy(random.integers(len(scenes.latents), size=BATCH))
+    chosen = torch.from_numpy(random.choice(len(scenes.latents), size=BATCH, p=scenes.shares if hard else None))
     even = (np.arange(BATCH) + random.uniform(size=BATCH)) / BATCH
     u = unshifted(low) + (unshifted(high) - unshifted(low)) * torch.from_numpy(even).float()
     clean = scenes.latents[chosen].float()
@@ -147,7 +153,7 @@ def _train(
     compile_blocks(transformer)
     seed = {"joint": 21, "high": 22, "low": 23}[name]
     for step in training.steps():
-        training.update(loss_of(transformer, text, encoder, make_batch(scenes, seed, step, *levels)))
+        training.update(loss_of(transformer, text, encoder, make_batch(scenes, seed, step, *levels, hard=not joint)))
     return training.path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.shapes.against_the_clock import Training, averaged
@@ -23,6 +23,7 @@ from tests.shapes.flat_vae import decode, encode, flatten, new_vae, restart_conv
 CROP, CROPS_PER_STEP, PICTURES_PER_STEP = 64, 32, 8
 KL_WEIGHT = 1e-3
 NUM_DRAWN = 6000
+LATENT_NOISE, STARS = 0.35, 3
 DECODER_STEPS_FROM = 1_000_000  # its batches are others than those of the first run
 
 
@@ -53,10 +54,17 @@ def crop_near_shape(picture: np.ndarray, random: np.random.Generator) -> np.ndar
     return picture[top : top + CROP, left : left + CROP]
 
 
-def loss_of(vae: AutoencoderKLWan, pictures: Tensor, kl_weight: float, seed: int) -> Tensor:
+def loss_of(
+    vae: AutoencoderKLWan, pictures: Tensor, kl_weight: float, seed: int, spread: Tensor | None = None
+) -> Tensor:
+    """`spread` [C]: of the latents; up to LATENT_NOISE of it is added to them, another share for each picture."""
     mean, log_variance = encode(vae, pictures)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-    off = decode(vae, mean + noise * (0.5 * log_variance).exp()) - pictures
+    generator = torch.Generator().manual_seed(seed)
+    latents = mean + torch.randn(mean.shape, generator=generator) * (0.5 * log_variance).exp()
+    if spread is not None:
+        share = LATENT_NOISE * torch.rand(len(mean), 1, 1, 1, 1, generator=generator)
+        latents = latents + share * spread.view(1, -1, 1, 1, 1) * torch.randn(mean.shape, generator=generator)
+    off = decode(vae, latents) - pictures
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return off.abs().mean() + off.square().mean() + kl_weight * kl
 
@@ -75,7 +83,8 @@ def train_vae(work_dir: Path, minutes: float) -> Path:
 
 
 def train_decoder(work_dir: Path, minutes: float) -> Path:
-    """The decoder again, its encoder at rest: edges get sharper and the latents that were encoded stay true."""
+    """The decoder again, its encoder at rest: the latents that were encoded stay true. It sees them as a little wrong
+    as the transformer's will be, and stars more often: they are what it got wrong."""
     vae = trained_vae(work_dir).to(memory_format=torch.channels_last)
     own = ("decoder.", "post_quant_conv.")
     parameters = {
@@ -84,10 +93,12 @@ def train_decoder(work_dir: Path, minutes: float) -> Path:
         if key.startswith(own) and "time_conv" not in key
     }
     training = Training("decoder", parameters, work_dir, minutes=minutes, peak_rate=1e-3, weight_decay=0.0)
-    pool = drawn_pool(NUM_DRAWN, seed=1)[1]
+    scenes, pictures = drawn_pool(NUM_DRAWN, seed=1)
+    pool = pictures[np.repeat(np.arange(NUM_DRAWN), [STARS if scene.shape == "star" else 1 for scene in scenes])]
+    spread = load_file(work_dir / "latents.safetensors")["std"]
     for step in training.steps():
-        pictures = batch(pool, DECODER_STEPS_FROM + step, crops=training.progress < 0.8)
-        training.update(loss_of(vae, pictures, 0.0, seed=DECODER_STEPS_FROM + step))
+        chosen = batch(pool, DECODER_STEPS_FROM + step, crops=training.progress < 0.8)
+        training.update(loss_of(vae, chosen, 0.0, seed=DECODER_STEPS_FROM + step, spread=spread))
     return training.path
 
 
