@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from common.cleaning import clean_prompt
 from common.errors import Partial, Refused
 from common.manifest import Receipt
 from common.record import Record
@@ -26,7 +27,7 @@ def held_out_records(shards: ShardSet, num: int) -> list[Record]:
 
 def records_of_prompts(shards: ShardSet, prompts: Sequence[str]) -> list[Record]:
     """The first record of each prompt, of the set's first size."""
-    wanted = [" ".join(prompt.split()) for prompt in prompts]
+    wanted = [clean_prompt(prompt) for prompt in prompts]
     found: dict[str, Record] = {}
     for receipt in _one_size(shards):
         header = shards.read(receipt).header

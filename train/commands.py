@@ -106,8 +106,23 @@ def init(teacher: Path | None, student_path: Path, out: Path, set_path: Path | N
 @click.option("--out", required=True, type=path, help="The PNG.")
 @click.option("--num", default=16, show_default=True, type=click.IntRange(min=1), help="Pictures.")
 @steps_option
-def sample(run_dir: Path, out: Path, num: int, steps: int | None) -> None:
-    """Pictures by RUN's student above the teacher's own, from the same noise."""
+@click.option("--prompt", "prompts", multiple=True, help="Any words, with --text-encoder; once for each picture.")
+@click.option("--text-encoder", type=path, help="The teacher's folder: its text encoder and tokenizer are loaded.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise, with --prompt.")
+def sample(run_dir: Path, out: Path, num: int, steps: int | None, prompts: tuple[str, ...], text_encoder: Path | None,
+           seed: int) -> None:  # fmt: skip
+    """Pictures by RUN's student above the teacher's own, from the same noise; or of your own words."""
+    if bool(prompts) != (text_encoder is not None):
+        raise BadUsage(wrong="--prompt and --text-encoder go together", found="one of them",
+                       mend="give both, or neither: then the set's own prompts are drawn")  # fmt: skip
+    prepare_environment()
+    if text_encoder is not None:
+        from train.sample import beside
+        from train.texts import draw_words
+
+        beside(draw_words(run_dir, prompts, text_encoder, seed=seed, steps=steps)).save(out)
+        click.echo(f"{out}: {len(prompts)} pictures")
+        return
     from train.sample import sample as draw_sheet
 
     sheet = draw_sheet(run_dir, num=num, steps=steps)

@@ -94,9 +94,13 @@ def draw(student: Answer, records: Sequence[Record], grid: Grid, device: torch.d
     """Latents [N, C, H, W] from each record's own noise and text."""
     noise = np.stack([seeded_noise(record.seed, record.final.shape) for record in records])
     text, lengths = padded([record.text[:text_rows] for record in records])
-    state, text, lengths = torch.from_numpy(noise).to(device), text.to(device), lengths.to(device)
+    return drawn_from(student, torch.from_numpy(noise).to(device), text.to(device), lengths.to(device), grid)
+
+
+def drawn_from(student: Answer, state: Tensor, text: Tensor, lengths: Tensor, grid: Grid) -> Tensor:
+    """The walk of a grid from noise [N, C, H, W]; all on one device, the end on the CPU."""
     for t, move in _moves(grid):
-        velocity = student(state, torch.full((len(state),), t, device=device), text, lengths)
+        velocity = student(state, torch.full((len(state),), t, device=state.device), text, lengths)
         state = state + move * velocity
     return state.cpu()
 
@@ -108,17 +112,20 @@ def pictures(pixels: Tensor) -> np.ndarray:
     return out
 
 
-def sheet(mine: np.ndarray, theirs: np.ndarray, *, columns: int = 8) -> Image.Image:
-    """The student's pictures, each above its teacher's, `columns` pairs a row."""
-    num, height, width, _ = mine.shape
+def sheet(mine: np.ndarray, theirs: np.ndarray) -> Image.Image:
+    """The student's pictures, each above its teacher's."""
+    gap = np.full((len(mine), GAP, *mine.shape[2:]), 255, np.uint8)
+    return beside(np.concatenate([mine, gap, theirs], axis=1))
+
+
+def beside(found: np.ndarray, *, columns: int = 8) -> Image.Image:
+    """[N, H, W, 3] bytes on one canvas, row by row."""
+    num, height, width, _ = found.shape
     columns = min(columns, num)
-    rows = -(-num // columns)
-    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (2 * height + 3 * GAP) + GAP), "white")
-    for index in range(num):
+    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, -(-num // columns) * (height + GAP) + GAP), "white")
+    for index, picture in enumerate(found):
         row, column = divmod(index, columns)
-        left, top = GAP + column * (width + GAP), GAP + row * (2 * height + 3 * GAP)
-        canvas.paste(Image.fromarray(mine[index]), (left, top))
-        canvas.paste(Image.fromarray(theirs[index]), (left, top + height + GAP))
+        canvas.paste(Image.fromarray(picture), (GAP + column * (width + GAP), GAP + row * (height + GAP)))
     return canvas
 
 

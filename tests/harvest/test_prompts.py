@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from common.cleaning import clean_prompt
 from common.errors import BadUsage
-from harvest.prompts import Wish, clean_prompt, read_prompts, seed_of
+from harvest.prompts import Wish, read_prompts, seed_of
 from tests.made import harvest_config, planned
 
 
