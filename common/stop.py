@@ -12,6 +12,9 @@ from typing import Any, Self
 from common.errors import Stopped
 from common.log import human_seconds
 
+ECHO_S = 1.0
+"""Within it a signal is the first one's echo: a scheduler tells a whole process group, and a launcher passes it on."""
+
 
 class StopRequest:
     """The two signals are ours while it is entered, in the main thread."""
@@ -19,6 +22,7 @@ class StopRequest:
     def __init__(self, limit_s: float | None = None) -> None:
         self._limit_s, self._began = limit_s, time.monotonic()
         self._signal: int | None = None
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,5 +56,9 @@ class StopRequest:
             raise self.fault()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._asked_at = number, now
+        elif now - self._asked_at > ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -58,3 +59,28 @@ def test_times_as_people_write_them(told: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused(told: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a time"):
         Duration().convert(told, None, None)
+
+
+WAITING = """
+import time
+from common.stop import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    for _ in range(600):
+        time.sleep(0.01)
+    print("asked" if stop.asked else "not asked", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("pause", "obeyed"), [(0.05, False), (1.3, True)])
+def test_a_second_signal_is_obeyed_at_once_but_not_an_echo(pause: float, obeyed: bool) -> None:
+    """Slurm tells every process of a job, and our launcher passes on what it hears: that is one wish, not two."""
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+        process.send_signal(signal.SIGTERM)
+        if obeyed:
+            assert process.wait(timeout=2) == -signal.SIGTERM
+        else:
+            assert process.stdout.readline() == "asked\n" and process.wait() == 0
