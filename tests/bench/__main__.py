@@ -5,6 +5,7 @@
     python -m tests.bench loading                    half a billion parameters from disk, beside the library's own load
     python -m tests.bench harvest                    a harvest beside its bare forwards and the library's pipeline
     python -m tests.bench shrink --set out/demo/set  students cut by importance, by first rows, at random
+    python -m tests.bench students                   what students keep of the shapes teacher's score, by size
     python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
     python -m tests.bench store --json out/store.json --keep
 
@@ -82,6 +83,18 @@ def shrink(teacher: Path, set_path: Path, steps: int, out_dir: Path) -> None:
     from tests.bench.shrink import run
 
     for line in run(teacher, set_path, out_dir / "shrink", steps=steps):
+        click.echo(line)
+
+
+@main.command(help="Students of the shapes teacher, from one harvest to their grades; an hour.")
+@click.option("--teacher", type=click.Path(path_type=Path), default=Path("configs/teachers/shapes"), show_default=True)
+@click.option("--samples", default=60_000, show_default=True, help="that each student learns from")
+@click.option("--only", multiple=True, help="a student's name; several times for several")
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+def students(teacher: Path, samples: int, only: tuple[str, ...], out_dir: Path) -> None:
+    from tests.bench.students import run
+
+    for line in run(teacher, out_dir / "students", samples=samples, only=only):
         click.echo(line)
 
 
