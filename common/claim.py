@@ -22,12 +22,12 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def claimed(path: Path, what: str) -> Iterator[None]:
-    """`what` is ours while it is entered; refused, with who holds it, when it is another's."""
+def claimed(path: Path, what: str, *, waiting: bool = False) -> Iterator[None]:
+    """`what` is ours while it is entered; refused, with who holds it, when it is another's; or waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
         except BlockingIOError:
             raise Refused(
                 wrong=f"{what} is being worked on", found=_holder(file.read()), mend="wait for it, or stop it"

@@ -72,8 +72,12 @@ def write_folder(path: Path, files: Mapping[str, Content]) -> None:
 def replace_quietly(path: Path, content: Bytes) -> None:
     """Replace `path` in one step without waiting for the disk: for heartbeats, whose last value may be lost."""
     temporary = _temporary_beside(path)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append_line(path: Path, line: str) -> None:

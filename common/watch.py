@@ -88,7 +88,7 @@ class Watch:
 
     def _report_stall(self, silent_s: float) -> None:
         self._stalled = True
-        with open(self._run_dir / STACKS_NAME, "a", encoding="utf-8") as stacks:
+        with contextlib.suppress(OSError), open(self._run_dir / STACKS_NAME, "a", encoding="utf-8") as stacks:
             stacks.write(f"--- {time.ctime()} stage {self._stage} has not moved for {silent_s:.0f} s\n")
             stacks.flush()
             faulthandler.dump_traceback(stacks, all_threads=True)
@@ -106,7 +106,8 @@ class Watch:
             "time": round(time.time(), 1),
             **self._facts,
         }
-        replace_quietly(self._run_dir / HEARTBEAT_NAME, json.dumps(beat).encode())
+        with contextlib.suppress(OSError):  # a full or tired disk must not end the work that it describes
+            replace_quietly(self._run_dir / HEARTBEAT_NAME, json.dumps(beat).encode())
 
 
 def read_heartbeat(run_dir: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 from common.log import Log, human_bytes
+from common.stop import StopRequest
 from common.watch import Watch
 from train.config import TrainConfig
 from train.dist import World
@@ -45,7 +46,7 @@ def check(config: TrainConfig, world: World) -> None:
             log.metric(event="check", part=name, seconds=round(seconds, 4), **world.memory())
 
         with part("load"):
-            run = set_up(config, world, log, follow_s=0.0)
+            run = set_up(config, world, log, StopRequest(), follow_s=0.0)
         watch.running()
         log.say(run.summary())
         stepper = Stepper(config, world, run.state, run.objective, run.level_weights, run.total_steps)

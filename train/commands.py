@@ -120,14 +120,15 @@ def sample(run_dir: Path, out: Path, num: int, steps: int | None, prompts: tuple
         from train.sample import beside
         from train.texts import draw_words
 
-        beside(draw_words(run_dir, prompts, text_encoder, seed=seed, steps=steps)).save(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside(draw_words(run_dir, prompts, text_encoder, seed=seed, steps=steps)).save(out, format="PNG")
         click.echo(f"{out}: {len(prompts)} pictures")
         return
     from train.sample import sample as draw_sheet
 
     sheet = draw_sheet(run_dir, num=num, steps=steps)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
+    sheet.save(out, format="PNG")
     click.echo(f"{out}: {num} pairs, the student's above its teacher's")
 
 

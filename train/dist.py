@@ -24,6 +24,10 @@ KILOBYTES = 1 if sys.platform == "darwin" else 1024
 """In which the system tells a process's largest size."""
 
 
+COLLECTIVE_S = 3600.0
+"""At least: rank 0 measures and draws alone, while the others wait for it. The watch names a stall long before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     rank: int
@@ -43,7 +47,8 @@ class World:
         if self.size == 1 or self.device.type != "cuda":
             return student
         ids = [self.device.index]
-        return nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True,
+                                                   broadcast_buffers=False)  # fmt: skip
 
     def flat_gradients(self, student: nn.Module) -> "FlatGradients | None":
         """On CPUs, where there is nothing to hide an average behind."""
@@ -106,12 +111,13 @@ def joined(device: str, *, timeout_s: float) -> Iterator[World]:
             found=f"{torch.cuda.device_count()} GPUs",
             mend="start as many processes as GPUs (torchrun --nproc-per-node)",
         )
-    place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    index = torch.device(device).index if ":" in device else local
+    place = torch.device("cuda", index) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(place)
     if size > 1:
         backend = "nccl" if use_cuda else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_S)))
     try:
         yield World(rank=rank, size=size, device=place)
     finally:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from types import FrameType
 
-from common.errors import BadUsage
+from common.errors import BadUsage, Stopped
 from train.config import TrainConfig
 
 GRACE_S = 60.0
@@ -101,9 +101,10 @@ def start_processes(num: int, words: Sequence[str]) -> int:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     failed: int | None = None
     give_up = float("inf")
-    while any(child.poll() is None for child in children):
+    while [child for child in children if child.poll() is None]:  # each is asked: `any` would stop at the first alive
         if failed is None:
-            failed = next((child.returncode for child in children if child.returncode), None)
+            faults = (child.returncode for child in children if child.returncode not in (None, 0, Stopped.exit_code))
+            failed = next(faults, None)
             give_up = time.monotonic() + GRACE_S if failed is not None else give_up
         if time.monotonic() > give_up:
             for child in children:

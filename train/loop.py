@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.claim import claimed
 from common.config import save_config
-from common.errors import BadUsage, Refused
+from common.errors import BadUsage, Partial, Refused
 from common.log import Log, human_seconds
 from common.record import Contract
 from common.shards import ShardSet
@@ -50,7 +50,7 @@ def train(config: TrainConfig, world: World, *, limit_s: float | None = None, fo
         with StopRequest(limit_s) as stop, Watch(run_dir, log) as watch:
             log.metric(event="start", rank=world.rank, ranks=world.size, device=world.device_name)
             with watch.stage("load", deadline_s=config.deadline_s + follow_s):
-                run = set_up(config, world, log, follow_s=follow_s)
+                run = set_up(config, world, log, stop, follow_s=follow_s)
             if lead:
                 save_config(config, config.out / CONFIG_NAME)
                 log.say(run.summary())
@@ -59,7 +59,7 @@ def train(config: TrainConfig, world: World, *, limit_s: float | None = None, fo
             run.loop(log, watch, stop)
 
 
-def set_up(config: TrainConfig, world: World, log: Log, *, follow_s: float) -> "Run":
+def set_up(config: TrainConfig, world: World, log: Log, stop: StopRequest, *, follow_s: float) -> "Run":
     """A resumed run keeps its epochs and its global batch, whatever the number of processes is now."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -67,8 +67,15 @@ def set_up(config: TrainConfig, world: World, log: Log, *, follow_s: float) -> "
     objective = objective_of(config, shards.contract)
     student = open_student(config, shards.contract).to(world.device).train()
     state = new_state(student, config, world)
-    epochs = Epochs(shards, config.out / EPOCHS, rank=world.rank, follow_s=follow_s)
+    epochs = Epochs(shards, config.out / EPOCHS, rank=world.rank, follow_s=follow_s,
+                    stopping=lambda: stop.asked)  # fmt: skip
     facts = restore(config.out, state, log)
+    if world.smallest(state.samples_seen) != -world.smallest(-state.samples_seen):
+        raise Partial(
+            wrong="the processes read different checkpoints",
+            found=f"process {world.rank} found {state.samples_seen} samples",
+            mend="run again once all nodes see the same files",
+        )
     if facts:
         allow(config, facts, contract=shards.contract.digest(), epoch=state.epoch,
               epoch_digest=epochs.digest(state.epoch), log=log)  # fmt: skip
@@ -169,6 +176,9 @@ class Run:
                     with stage("pictures"):
                         self.onlooker.draw(state, log)
                 if asked and not last:
+                    with stage("save"):
+                        saver.finish()
+                        self.world.any(False)  # all leave together: a launcher ends the others when one has left
                     raise stop.fault()
         finally:
             feed.close()

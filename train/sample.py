@@ -8,7 +8,6 @@
 The text encoder is not needed: the set holds the texts.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from common.config import load_config
@@ -27,7 +26,8 @@ from common.shards import ASSETS, ShardSet
 from train.chosen import first_records
 from train.config import TrainConfig
 from train.objective import Objective, objective_of
-from train.run_folder import CONFIG_NAME, EMA_NAME, STATE_NAME, checkpoints
+from train.run_folder import CONFIG_NAME, EMA_NAME, checkpoints
+from train.state import read_checkpoint
 from train.student.network import StudentConfig, WanLite
 from train.vae.network import load_vae
 
@@ -56,9 +56,9 @@ def open_run(run_dir: Path) -> Trained:
         raise BadUsage(wrong=f"{run_dir} has no checkpoint yet", found="an empty run", mend="train first")
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)
-    summary = json.loads((kept[-1] / STATE_NAME).read_bytes())
+    summary, files = read_checkpoint(kept[-1])
     student = WanLite(StudentConfig.from_dict(summary["student"]))
-    student.load_state_dict(load_file(kept[-1] / EMA_NAME), strict=True)
+    student.load_state_dict(load(files[EMA_NAME]), strict=True)
     objective = objective_of(config, shards.contract)
     return Trained(config, shards, objective, student.eval(), summary["step"], summary["samples_seen"])
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import Corrupt
+from common.errors import Corrupt, Refused
 from common.extents import crc32c
 from common.files import sweep, write_folder
 from common.log import Log
@@ -94,7 +94,9 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
     sealed = summary | {SEAL: _seal(summary)}
     write_folder(folder, {**files, STATE_NAME: json.dumps(sealed, indent=1).encode()})
     read_checkpoint(folder)
-    for old in checkpoints(run_dir)[: -keep.newest]:
+    # What is newer was passed over as unreadable: it neither counts nor goes, it may be readable tomorrow.
+    older = [path for path in checkpoints(run_dir) if path.name < folder.name]
+    for old in older[: len(older) - (keep.newest - 1)]:
         if not _is_milestone(old, keep.every):
             shutil.rmtree(old)
     sweep(run_dir / CHECKPOINTS, older_than_s=3600.0)
@@ -176,13 +178,21 @@ def verify_lines(path: Path) -> Iterator[str]:
 
 
 def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None:
-    """Fill `state` from the newest valid checkpoint; its facts, or None when there is none."""
+    """Fill `state` from the newest valid checkpoint; its facts, or None when there is none at all."""
+    last: Corrupt | None = None
     for folder in reversed(checkpoints(run_dir)):
         try:
             summary, files = read_checkpoint(folder)
         except Corrupt as fault:
             log.say(f"passing over {fault}")
+            last = fault
             continue
+        if summary["student"] != state.student.config.to_dict():
+            raise Refused(
+                wrong=f"{run_dir} holds the checkpoints of another student",
+                found=_differing(summary["student"], state.student.config.to_dict()),
+                mend="give the init that it began with, or another `out`",
+            )
         state.student.load_state_dict(load(files[MODEL_NAME]), strict=True)
         for name, tensor in load(files[EMA_NAME]).items():
             state.ema[name].copy_(tensor)
@@ -194,7 +204,18 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
             state.scaler.load_state_dict(summary["scaler"])
         log.say(f"resumed from {folder.name}", step=state.step, epoch=state.epoch)
         return summary
+    if last is not None:
+        raise Corrupt(
+            wrong=f"no checkpoint of {run_dir} can be read",
+            found=last.found,
+            mend=f"look at the disk and run again; to begin anew, remove {run_dir / CHECKPOINTS}",
+        )
     return None
+
+
+def _differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    odd = (name for name in mine if theirs.get(name) != mine[name])
+    return ", ".join(f"{name} {theirs.get(name)}, now {mine[name]}" for name in odd)
 
 
 def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:

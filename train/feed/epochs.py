@@ -9,6 +9,7 @@ A set may grow while it is trained on: what is committed when an epoch begins is
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import Partial, Refused
@@ -22,9 +23,12 @@ WAIT_S = 120.0
 class Epochs:
     """The frozen epochs of a run."""
 
-    def __init__(self, shards: ShardSet, folder: Path, *, rank: int, follow_s: float = 0.0) -> None:
-        """`follow_s`: an epoch that would bring nothing new waits so long for a shard to be committed."""
+    def __init__(self, shards: ShardSet, folder: Path, *, rank: int, follow_s: float = 0.0,
+                 stopping: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+        """`follow_s`: an epoch that would bring nothing new waits so long for a shard to be committed, and no longer
+        once the run is `stopping`: then the step in hand is taken, saved, and all leave."""
         self._shards, self._folder, self._rank, self._follow_s = shards, folder, rank, follow_s
+        self._stopping = stopping
 
     def freeze(self, epoch: int) -> tuple[Receipt, ...]:
         path = self._path(epoch)
@@ -49,7 +53,14 @@ class Epochs:
 
     def digest(self, epoch: int) -> str:
         """Stands in every checkpoint: a resumed run continues the same epoch or refuses."""
-        return hashlib.sha256(self._path(epoch).read_bytes()).hexdigest()
+        try:
+            return hashlib.sha256(self._path(epoch).read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise Partial(
+                wrong=f"epoch {epoch} of this run is no longer known",
+                found=f"no {self._path(epoch)}",
+                mend="restore that folder, or start a new run",
+            ) from None
 
     def _write(self, path: Path, epoch: int) -> None:
         receipts = self._followed(epoch)
@@ -63,6 +74,8 @@ class Epochs:
         before = len(json.loads(self._path(epoch - 1).read_bytes())["items"]) if epoch else 0
         deadline = time.monotonic() + self._follow_s
         while len(receipts := self._shards.manifest().receipts) <= before and time.monotonic() < deadline:
+            if self._stopping():
+                return receipts
             time.sleep(min(1.0, self._follow_s / 20))
         if len(receipts) <= before:  # the harvest is over: later epochs do not wait for it again
             self._follow_s = 0.0

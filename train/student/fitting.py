@@ -64,4 +64,6 @@ def _read(path: Path) -> dict[str, Any]:
             found=f"{path}: {error}",
             mend="give a JSON file like those in configs/students/",
         ) from None
+    if not isinstance(values, dict):
+        raise BadUsage(wrong=f"{path} is no student", found=type(values).__name__, mend='write {"hidden_size": ...}')
     return values

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.errors import BadUsage
+from common.errors import BadUsage, Corrupt
 from train.student.config import StudentConfig
 from train.student.selection import columns_norm, rows_norm, spread
 
@@ -111,4 +111,7 @@ def read_statistics(path: Path, expert: str) -> dict[str, Tensor]:
             mend="leave --set away: weight norms decide then; a harvest leaves them when it works its first item",
         )
     stored = load_file(path)
+    odd = [name for name, value in stored.items() if not value.isfinite().all()]
+    if odd:
+        raise Corrupt(wrong=f"{path} holds NaN or Inf", found=odd[0], mend="remove it: weight norms decide then")
     return {name.removeprefix(f"{expert}."): value for name, value in stored.items() if name.startswith(f"{expert}.")}
