@@ -93,7 +93,7 @@ def listening(teacher: Teacher, shards: ShardSet) -> Iterator[None]:
     finally:
         listener.close()
         teacher.listener = None
-    if means:
+    if means and all(mean.isfinite().all() for mean in means.values()):
         write_atomic(path, save(means))
 
 

@@ -6,7 +6,7 @@ What the teacher's folder says of itself (boundary, channels, patch, latent scal
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from common.config import Section
 
@@ -58,11 +58,23 @@ class PromptsConfig(Section):
     seeds_per_prompt: PositiveInt = 1
 
 
+class ImagesConfig(Section):
+    path: Path
+    """A folder, a .jsonl manifest or WebDataset .tar files: what they look like stands in harvest/images.py."""
+    frame: NonNegativeInt | None = None
+    """Of animated pictures; None: they are refused."""
+
+
 class HarvestConfig(Section):
     out: Path
     """The set: a folder, made if need be."""
     teacher: TeacherConfig
-    prompts: PromptsConfig
+    prompts: PromptsConfig | None = None
+    """None with source images, which brings its captions."""
+    images: ImagesConfig | None = None
+    """With source images alone."""
+    samples: tuple[str, ...] = ()
+    """Prompts that training looks at while it learns: drawn first, left in the set's assets (harvest/samples.py)."""
     height: PositiveInt = 512
     width: PositiveInt = 512
     steps: PositiveInt = 40
@@ -72,8 +84,9 @@ class HarvestConfig(Section):
     keep_at: tuple[int, ...] | None = None
     """Steps that every record keeps; None: the first one and, where more than four are kept, the edges of four equal
     segments, so that few-step students can be trained on them."""
-    source: Literal["trajectory", "renoise"] = "trajectory"
-    """renoise: the walk's end point under fresh noise at the kept levels, the teacher asked again there."""
+    source: Literal["trajectory", "renoise", "images"] = "trajectory"
+    """renoise: the walk's end point under fresh noise at the kept levels, the teacher asked again there; images: the
+    same with pictures of one's own as end points."""
     solver: Literal["euler", "checkpoint"] = "euler"
     """checkpoint: the scheduler that the folder brings, with its own grid."""
     jitter: bool = True
@@ -111,6 +124,15 @@ class HarvestConfig(Section):
             raise ValueError("latent_dtype float32 is stored whole: set encoding: float32 too")
         if self.solver == "checkpoint" and self.jitter:
             raise ValueError("solver checkpoint walks the folder's own grid: set jitter: false")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_what_to_ask(self) -> Self:
+        if self.source == "images":
+            if self.images is None or self.prompts is not None:
+                raise ValueError("source images brings its own captions: set images.path, and prompts: null")
+        elif self.prompts is None or self.images is not None:
+            raise ValueError(f"source {self.source} takes prompts alone: set prompts.file, and images: null")
         return self
 
     @property

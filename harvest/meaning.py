@@ -7,6 +7,7 @@ configuration, the teacher's folder and the loaded teacher.
 
 import dataclasses
 
+from common.cleaning import CLEANING
 from common.errors import BadUsage, Refused
 from common.log import Log
 from common.record import Contract, Numerics
@@ -14,7 +15,6 @@ from common.schedule import EULER
 from common.shards import CONTRACT_NAME, ShardSet
 from harvest.config import HarvestConfig
 from harvest.plan import Plan
-from harvest.prompts import CLEANING
 from harvest.solvers import require_known, solver_of
 from harvest.teacher import Fingerprints, Teacher, TeacherFacts
 

@@ -21,7 +21,8 @@ from common.record import item_id, record_key
 from common.shards import MOVED, QUARANTINE, ShardSet
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
-from harvest.prompts import read_prompts, seed_of
+from harvest.images import read_pictures
+from harvest.prompts import Wish, read_prompts, seed_of
 from harvest.running.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
 
@@ -37,6 +38,8 @@ class Question:
     key: str
     prompt: str
     seed: int
+    picture: str = ""
+    """Its name, with source images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,10 @@ class Plan:
     items: tuple[WorkItem, ...]
     summary: str
     """Of the prompts."""
+
+    @property
+    def sizes(self) -> set[tuple[int, int]]:
+        return {(item.height, item.width) for item in self.items}
 
     @property
     def num_records(self) -> int:
@@ -86,15 +93,15 @@ class Plan:
 
 def make_plan(config: HarvestConfig, facts: TeacherFacts) -> Plan:
     """Prompts and seeds in file order, packed into items of one size each."""
-    wishes, summary = read_prompts(config.prompts.file, limit=config.prompts.limit)
+    wishes, summary, num_seeds = _wishes(config)
     by_size: dict[tuple[int, int], dict[str, Question]] = {}
     for wish in wishes:
         height, width = wish.height or config.height, wish.width or config.width
         check_size(height, width, facts)
-        numbers = range(config.prompts.seeds_per_prompt)
+        numbers = range(num_seeds)
         for seed in [seed_of(wish.prompt, number) for number in numbers] if wish.seed is None else [wish.seed]:
             key = record_key(wish.prompt, seed, height, width)
-            question = Question(key=key, prompt=wish.prompt, seed=seed)
+            question = Question(key=key, prompt=wish.prompt, seed=seed, picture=wish.picture)
             by_size.setdefault((height, width), {}).setdefault(key, question)
     items = tuple(
         WorkItem(questions=tuple(questions[start : start + per_shard]), height=height, width=width)
@@ -103,6 +110,14 @@ def make_plan(config: HarvestConfig, facts: TeacherFacts) -> Plan:
         for start in range(0, len(questions), per_shard)
     )
     return Plan(items=items, summary=summary)
+
+
+def _wishes(config: HarvestConfig) -> tuple[list[Wish], str, int]:
+    """With one line about them, and how many seeds each of them has where it names none."""
+    if config.images is not None:
+        return *read_pictures(config.images), 1
+    assert config.prompts is not None, "the configuration has one of the two"
+    return *read_prompts(config.prompts.file, limit=config.prompts.limit), config.prompts.seeds_per_prompt
 
 
 def records_per_shard(config: HarvestConfig, facts: TeacherFacts, height: int, width: int) -> int:

@@ -7,23 +7,21 @@
     .csv      the same columns, with a header
     .parquet  the same columns (needs pyarrow)
 
-The cleaning is the one that stock Wan applies when ftfy is there (mend mojibake, NFC, unescape HTML twice, fold white
-space); it is part of the contract, because it decides what the teacher is asked.
+Prompts are cleaned once, by the contract's rule (common/cleaning.py).
 """
 
 import csv
 import hashlib
-import html
+import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.cleaning import clean_prompt
 from common.errors import BadUsage
 
-CLEANING = "ftfy 6, html.unescape twice, white space folded"
 REMARK = "# "
 COLUMNS = ("prompt", "seed", "width", "height")
 
@@ -36,13 +34,8 @@ class Wish:
     seed: int | None = None
     height: int | None = None
     width: int | None = None
-
-
-def clean_prompt(text: str) -> str:
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
+    picture: str = ""
+    """Its name, where the record begins from one."""
 
 
 def read_prompts(path: Path, *, limit: int | None = None) -> tuple[list[Wish], str]:
@@ -61,13 +54,13 @@ def seed_of(prompt: str, number: int) -> int:
 
 
 def _lines(path: Path) -> Iterator[Wish]:
-    for line in _text(path).splitlines():
+    for line in _text(path).split("\n"):
         if not line.startswith(REMARK):
             yield Wish(prompt=clean_prompt(line))
 
 
 def _jsonl(path: Path) -> Iterator[Wish]:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 values = json.loads(line)
@@ -77,7 +70,7 @@ def _jsonl(path: Path) -> Iterator[Wish]:
 
 
 def _csv(path: Path) -> Iterator[Wish]:
-    for number, row in enumerate(csv.DictReader(_text(path).splitlines()), start=2):
+    for number, row in enumerate(csv.DictReader(io.StringIO(_text(path), newline="")), start=2):
         yield _wish({name: value for name, value in row.items() if value not in (None, "")}, f"{path} line {number}")
 
 
@@ -98,7 +91,9 @@ def _wish(values: Any, where: str) -> Wish:
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise BadUsage(wrong=f"{where} has no prompt", found=repr(values)[:80], mend="give it a column `prompt`")
     try:
-        numbers = {name: int(values[name]) for name in COLUMNS[1:] if name in values}
+        numbers: dict[str, Any] = {name: int(values[name]) for name in COLUMNS[1:] if name in values}
+        if not 0 <= numbers.get("seed", 0) < 2**63:
+            raise ValueError("a seed beyond 64 bits")
     except (TypeError, ValueError):
         raise BadUsage(wrong=f"{where}: seed, width and height are whole numbers", found=repr(values)[:80],
                        mend="correct it") from None  # fmt: skip

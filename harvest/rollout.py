@@ -8,14 +8,16 @@
         at kept steps  fed, cond, uncond go into the record          (source: trajectory)
     -> final = the end point; everything in float32: the set's encoding rounds it
     -> at kept steps   fed = the end point under fresh noise, the teacher asked again      (source: renoise)
+    source: images         the end point is a picture's latent; there is no walk
 
 The whole item goes through the high-noise expert first, then through the other: one change of experts an item.
 Every state is rounded before the teacher sees it, kept or not, so keeping a step never changes the path.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -73,6 +75,12 @@ class Group:
     solver: Solver
 
 
+class EndPoints(Protocol):
+    """See harvest/latents.py."""
+
+    def latents(self, item: WorkItem) -> Mapping[str, Tensor]: ...
+
+
 def rollout(
     teacher: Teacher,
     item: WorkItem,
@@ -81,26 +89,38 @@ def rollout(
     micro_batch: int,
     moved: Callable[[], None],
     stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    pictures: EndPoints | None = None,
 ) -> list[Record]:
-    """Every record of an item, in its order. `moved` is called after each forward, and may raise to stop; `stage` is
-    entered with the name of what is done: encode, denoise, copy."""
+    """Every record of an item, in its order; without those whose picture cannot be read. `moved` is called after each
+    forward, and may raise to stop; `stage` is entered with the name of what is done: pictures, encode, denoise, copy.
+    A micro-batch is put together before anything is left out: who is in it depends on the item alone."""
     rounded = getattr(torch, contract.storage_dtype.name)
-    prompts = list(dict.fromkeys(question.prompt for question in item.questions))
+    batches = [item.questions[start : start + micro_batch] for start in range(0, len(item.questions), micro_batch)]
+    ends: Mapping[str, Tensor] = {}
+    if pictures is not None:
+        with stage("pictures"):
+            ends = pictures.latents(item)
+        batches = [tuple(question for question in batch if question.key in ends) for batch in batches]
+    prompts = list(dict.fromkeys(question.prompt for batch in batches for question in batch))
     with stage("encode"):
         texts = dict(zip(prompts, (text.to(rounded).float() for text in teacher.encode(prompts)), strict=True))
         negative = teacher.encode([contract.negative_prompt])[0].to(rounded).float()
     copies = Copies()
-    walkers = [_start(question, item, texts[question.prompt], contract, copies) for question in item.questions]
     groups = [
-        Group(walkers=walkers[start : start + micro_batch], solver=solver_of(contract))
-        for start in range(0, len(walkers), micro_batch)
+        Group(
+            walkers=[_start(question, item, texts, ends, contract, copies) for question in batch],
+            solver=solver_of(contract),
+        )
+        for batch in batches
+        if batch
     ]
+    walkers = [walker for group in groups for walker in group.walkers]
     experts = range(contract.num_experts())
     with stage("denoise"):
-        for expert in experts:
+        for expert in experts if pictures is None else ():
             for group in groups:
                 _walk(teacher, group, expert, negative, contract, moved)
-        if contract.source == "renoise":
+        if contract.source != "trajectory":
             for expert in reversed(experts):  # the one that is loaded first
                 for group in groups:
                     _ask_again(teacher, group.walkers, expert, negative, contract, micro_batch, moved)
@@ -109,18 +129,20 @@ def rollout(
         return [walker.record(item) for walker in walkers]
 
 
-def _start(question: Question, item: WorkItem, text: Tensor, contract: Contract, copies: Copies) -> Walker:
+def _start(question: Question, item: WorkItem, texts: Mapping[str, Tensor], ends: Mapping[str, Tensor],
+           contract: Contract, copies: Copies) -> Walker:  # fmt: skip
+    """At its noise, or at its picture."""
     grid = contract_grid(contract, int(question.key, 16))
     experts = expert_of(grid.timesteps, contract.boundary, train_steps=contract.train_steps)
     side = contract.latent_stride
     shape = (contract.latent_channels, item.height // side, item.width // side)
     return Walker(
         question=question,
-        text=text,
+        text=texts[question.prompt],
         grid=grid,
         experts=experts,
         kept=kept_steps(question.key, contract.steps, contract.keep, experts, contract.keep_at),
-        state=torch.from_numpy(seeded_noise(question.seed, shape)),
+        state=ends[question.key] if ends else torch.from_numpy(seeded_noise(question.seed, shape)),
         copies=copies,
     )
 

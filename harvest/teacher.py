@@ -7,6 +7,7 @@
 A foreign model is one thin adapter under teachers/.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,8 +58,10 @@ class Work:
     width: int = 512
 
 
-def work_of(config: HarvestConfig) -> Work:
-    return Work(records=config.micro_batch, height=config.height, width=config.width)
+def work_of(config: HarvestConfig, sizes: Collection[tuple[int, int]] = ()) -> Work:
+    """`sizes`: (height, width) of what is planned; prompts may bring their own, the largest decides."""
+    height, width = max(sizes or [(config.height, config.width)], key=lambda size: size[0] * size[1])
+    return Work(records=config.micro_batch, height=height, width=width)
 
 
 class ExpertListener(Protocol):
@@ -80,6 +83,9 @@ class Teacher(Protocol):
 
     def encode(self, prompts: list[str]) -> "list[Tensor]":
         """Each prompt's rows [L, D] on the CPU in float32, each computed alone, so that neighbours never matter."""
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """Of each prompt, before anything is cut at `facts.text_length`."""
 
     def condition(self, texts: "list[Tensor]", negative: "Tensor") -> Any:
         """What `predict` wants of B texts and the negative one; made once for all steps of a micro-batch."""

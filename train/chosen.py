@@ -13,7 +13,10 @@ from common.cleaning import clean_prompt
 from common.errors import Partial, Refused
 from common.manifest import Receipt
 from common.record import Record
-from common.shards import ShardSet, is_held_out
+from common.shards import ASSETS, CONTRACT_NAME, ShardSet, is_held_out
+
+SAMPLES = "samples"
+"""Under a set's assets."""
 
 
 def first_records(shards: ShardSet, num: int) -> list[Record]:
@@ -29,22 +32,33 @@ def records_of_prompts(shards: ShardSet, prompts: Sequence[str]) -> list[Record]
     """The first record of each prompt, of the set's first size."""
     wanted = [clean_prompt(prompt) for prompt in prompts]
     found: dict[str, Record] = {}
-    for receipt in _one_size(shards):
-        header = shards.read(receipt).header
-        for index, number in enumerate(header.prompt_of):
-            prompt = header.prompts[number]
-            if prompt in wanted and prompt not in found:
-                found[prompt] = shards.read(receipt).record(index)
-        if len(found) == len(set(wanted)):
-            break
+    samples = samples_of(shards)
+    for source in [shards] if samples is None else [samples, shards]:
+        for receipt in _one_size(source):
+            if len(found) < len(set(wanted)):
+                _find(source, receipt, wanted, found)
     missing = [prompt for prompt in wanted if prompt not in found]
     if missing:
         raise Refused(
             wrong=f"sample_prompts: the set holds no record of {len(missing)} of them",
             found=f"'{missing[0]}'; training has no text encoder",
-            mend="append them to the harvest's prompts file and run the harvest again, or name prompts that it holds",
+            mend=f"python -m harvest add-samples {shards.path} CONFIG --prompt ..., or name prompts that it holds",
         )
     return [found[prompt] for prompt in wanted]
+
+
+def samples_of(shards: ShardSet) -> ShardSet | None:
+    """What the harvest drew to be looked at: a set within the set, of its picture size."""
+    folder = shards.path / ASSETS / SAMPLES
+    return ShardSet.open(folder) if (folder / CONTRACT_NAME).exists() else None
+
+
+def _find(shards: ShardSet, receipt: Receipt, wanted: Sequence[str], found: dict[str, Record]) -> None:
+    reader = shards.read(receipt)
+    for index, number in enumerate(reader.header.prompt_of):
+        prompt = reader.header.prompts[number]
+        if prompt in wanted and prompt not in found:
+            found[prompt] = reader.record(index)
 
 
 def num_held_out(records: Sequence[Record]) -> int:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import Refused
 from common.log import Log
@@ -36,6 +37,8 @@ class Asked:
     numerics: Numerics
     watch: HarvestWatch
     log: Log
+    pictures: Any
+    """harvest.latents.Pictures, with source images."""
 
     def records(self, keys: Collection[str], items: Collection[WorkItem]) -> Iterator[Record]:
         """Those of `keys`, walked with the neighbours that they had in `items`."""
@@ -46,7 +49,7 @@ class Asked:
             batches = whole_batches(item, keys, config.micro_batch)
             with self.watch.stage("denoise", deadline_s=config.deadline_s), memory_told(config, self.task.resolved):
                 walked = rollout(self.teacher, batches, self.shards.contract, micro_batch=config.micro_batch,
-                                 moved=self.watch.moved)  # fmt: skip
+                                 moved=self.watch.moved, pictures=self.pictures)  # fmt: skip
             yield from (record for record in walked if record.key in keys)
 
 
@@ -56,12 +59,14 @@ def asked_again(task: Task) -> Iterator[Asked]:
     config = task.config
     with StopRequest() as stop, watched(config, WHOLE, stop) as (watch, log):
         with watch.stage("load", deadline_s=config.deadline_s), memory_told(config, task.resolved):
-            teacher = ready_teacher(config, task.resolved, watch, log)
+            teacher = ready_teacher(task, watch, log)
         shards = ShardSet.open(config.out)
         shards.require(make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype))
+        from harvest.latents import open_pictures
+
         watch.running()
         yield Asked(task=task, shards=shards, teacher=teacher, numerics=make_numerics(config, teacher), watch=watch,
-                    log=log)  # fmt: skip
+                    log=log, pictures=open_pictures(config, task.resolved, teacher, watch.moved))  # fmt: skip
 
 
 def task_for(config: HarvestConfig, set_dir: Path) -> Task:

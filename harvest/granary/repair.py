@@ -104,9 +104,17 @@ def _keys(shards: ShardSet, receipt: Receipt, task: Task) -> list[str]:
 def _ask_once_more(asked: Asked, note: Path) -> str:
     """What was set aside; an item's note is named after what was walked."""
     entries = {entry["key"]: entry for entry in json.loads(note.read_bytes())}
+    if asked.pictures is not None:  # a picture that was mended is another one, and in the plan under another key
+        planned = {question.key for item in asked.task.plan.items for question in item.questions}
+        entries = {key: entry for key, entry in entries.items() if key in planned}
+        if not entries:
+            note.unlink()
+            return f"quarantine {note.stem}: its pictures are asked for no more"
     health = Health(asked.shards, 1.0, asked.log)
-    walked = list(asked.records(entries, [_holder(asked.task, note.stem, set(entries))]))
-    good, faults = health.sift(walked)
+    item = _holder(asked.task, note.stem, set(entries))
+    walked = list(asked.records(entries, [item]))
+    missing = [] if asked.pictures is None else asked.pictures.faults(item)
+    good, faults = health.sift(walked, [fault for fault in missing if fault["key"] in entries])
     if good:
         asked.shards.commit(good, asked.numerics, container=asked.task.config.container)
     if faults:

@@ -7,6 +7,7 @@ wish = wish_of(config, work_bytes)
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from harvest.loading.folder import Component, Resolved
 from harvest.loading.identity import tied_names
 from harvest.loading.weights import Moved, class_of, policy_dtype, stored_tensors
 from harvest.placing.placement import MAP
-from harvest.placing.places import Machine, Size, Wish, module_of
+from harvest.placing.places import Machine, Size, Wish, module_of, workers_here
 
 TEXT_ENCODER = "text_encoder"
 
@@ -53,14 +54,17 @@ def _natural(module: str) -> list[tuple[bool, int, str]]:
 
 
 def machine_at_hand(device: str) -> Machine:
-    """What is free to this process: with a device of its own, that GPU and its share of the host's memory."""
-    host = available_host_bytes()
+    """What is free to this process: its GPUs, and its share of the host's memory where several workers have it."""
+    sharers = workers_here(os.environ)
+    host = available_host_bytes() // sharers
     if device == "cpu" or not torch.cuda.is_available():
         return Machine(gpus={}, host=host)
     count = torch.cuda.device_count()
     wanted = torch.device(device).index if device != "auto" else None
     if wanted is not None:
-        return Machine(gpus={f"cuda:{wanted}": torch.cuda.mem_get_info(wanted)[0]}, host=host // count)
+        return Machine(
+            gpus={f"cuda:{wanted}": torch.cuda.mem_get_info(wanted)[0]}, host=host if sharers > 1 else host // count
+        )
     return Machine(gpus={f"cuda:{n}": torch.cuda.mem_get_info(n)[0] for n in range(count)}, host=host)
 
 

@@ -68,7 +68,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
         device=placement.device,
         dtype=dtype,
         networks=networks,
-        tokenizer=_load_tokenizer(tokenizer),
+        tokenizer=load_tokenizer(tokenizer),
         fingerprints=_fingerprints(digests, tokenizer),
     )
     for name in names[:2]:
@@ -104,10 +104,15 @@ def _digests(part: Component, networks: Networks, config: TeacherConfig, known: 
     return tensor_digests(model) if part.prepared else hashed[part.name]
 
 
-def _load_tokenizer(part: Component) -> Any:
+def load_tokenizer(part: Component) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(part.folder), local_files_only=True)
+
+
+def count_tokens(tokenizer: Any, prompts: list[str]) -> list[int]:
+    """With the marks that the tokenizer adds, and nothing cut."""
+    return [len(ids) for ids in tokenizer(prompts, add_special_tokens=True, verbose=False).input_ids]
 
 
 def _fingerprints(digests: Mapping[str, Digests], tokenizer: Component) -> Fingerprints:
@@ -140,7 +145,7 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
         return chosen
     if choose_device(device) == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def dtype_name(dtype: torch.dtype) -> str:

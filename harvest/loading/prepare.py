@@ -24,29 +24,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.claim import claimed
 from common.errors import Partial
-from common.files import sweep, write_atomic
+from common.files import sweep, sync_folder, write_atomic
 from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
 from harvest.loading.folder import Component, Resolved
 from harvest.loading.identity import THREADS, tensor_digest, tied_names
 from harvest.loading.weights import TORCH_DTYPES, build, class_of, policy_dtype, read_tensor, sources_of
 
-MANIFEST_NAME, WEIGHTS_NAME = "prepared.json", "model.safetensors"
+MANIFEST_NAME, WEIGHTS_NAME, LOCK_NAME = "prepared.json", "model.safetensors", "lock.json"
 POLICY_VERSION = 1
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> Path:
     """Convert every component that has weights; what is prepared and fresh is left alone."""
-    todo = [part for part in resolved.components.values() if part.files]
     if is_fresh(resolved, out_dir, dtype):
         log.say(f"{out_dir} is prepared already")
+        return out_dir
+    # Of several workers one converts; the others wait, and find it done.
+    with claimed(out_dir / LOCK_NAME, f"the preparation of {out_dir}", waiting=True):
+        return _prepare(resolved, out_dir, dtype, log)
+
+
+def _prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> Path:
+    todo = [part for part in resolved.components.values() if part.files]
+    if is_fresh(resolved, out_dir, dtype):
         return out_dir
     sizes = {part.name: _prepared_bytes(part, dtype) for part in todo}
     _require_room(out_dir, sum(sizes.values()))
     log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
     told: dict[str, dict[str, Any]] = {}
+    if (out_dir / MANIFEST_NAME).exists():  # it speaks of the weights that are replaced now
+        (out_dir / MANIFEST_NAME).unlink()
+        sync_folder(out_dir)
     for part in todo:
         path = out_dir / part.name / WEIGHTS_NAME
         tensors: dict[str, str] = {}

@@ -41,6 +41,10 @@ def module_of(tensor_name: str) -> str:
     return block.group() if block else tensor_name.rpartition(".")[0] or tensor_name
 
 
+WORKERS_HERE = ("HARVEST_WORKERS_HERE", "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+"""How many share this machine: our own supervisor; torchrun; srun, as 4 or 4(x2)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     name: str
@@ -153,3 +157,10 @@ class Placement:
             for device, peak in self.peaks.items()
         )
         return [f"{self.strategy}{workers}: {self.cost}", *(place.line() for place in self.places), f"at most {held}"]
+
+
+def workers_here(environment: Mapping[str, str]) -> int:
+    """Between so many the memory of this machine is divided."""
+    told = next((environment[name] for name in WORKERS_HERE if name in environment), "1")
+    number = re.match(r"\d+", told)
+    return max(1, int(number[0])) if number else 1

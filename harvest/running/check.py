@@ -34,24 +34,29 @@ STDERR = 2
 def check(config: HarvestConfig) -> None:
     task, log = read_task(config), Log("harvest")
     scratch = config.out.parent / f"{TEMPORARY_PREFIX}check-{os.getpid()}"
-    item = task.plan.items[0]
+    item = max(task.plan.items, key=lambda item: item.height * item.width)  # if that fits, all do
     item = replace(item, questions=item.questions[: config.micro_batch])
     try:
         with StopRequest() as stop, HarvestWatch(scratch / RUNS, log, stop, None) as watch:
             with _timed("load", config, log), memory_told(config, task.resolved):
-                teacher = ready_teacher(config, task.resolved, watch, log)
+                teacher = ready_teacher(task, watch, log)
+            from harvest.latents import open_pictures
             from harvest.rollout import rollout
+
+            pictures = open_pictures(config, task.resolved, teacher, watch.moved)
 
             contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
             shards = ShardSet.create(scratch, contract)
             with _timed("encode", config, log), memory_told(config, task.resolved):
                 teacher.encode([question.prompt for question in item.questions])
             with _timed("denoise", config, log), memory_told(config, task.resolved):
-                records = rollout(teacher, item, contract, micro_batch=config.micro_batch, moved=watch.moved)
-            good, faults = Health(shards, config.max_quarantined, log).sift(records)
+                records = rollout(teacher, item, contract, micro_batch=config.micro_batch, moved=watch.moved,
+                                  pictures=pictures)  # fmt: skip
+            missing = [] if pictures is None else pictures.faults(item)
+            good, faults = Health(shards, config.max_quarantined, log).sift(records, missing)
             if faults:
                 first = f"{faults[0]['what']}: {faults[0]['where']}"
-                raise Partial(wrong=f"{len(faults)} of {len(records)} records would be quarantined", found=first,
+                raise Partial(wrong=f"{len(faults)} of {len(item.questions)} records would be quarantined", found=first,
                               mend="compute in bfloat16 or float32 (teacher.dtype)")  # fmt: skip
             with _timed("write", config, log):
                 receipt = shards.commit(good, make_numerics(config, teacher), container=config.container)

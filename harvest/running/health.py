@@ -2,7 +2,7 @@
 
     health = Health(shards, max_share, log)
     good, faults = health.sift(records)
-    health.set_aside(item, faults)             quarantine/<item>.json names them, with noise level and expert
+    health.set_aside(item, faults)             quarantine/<item>.json names them: step, noise level, expert
     health.complain()                          Partial, when something was set aside
 
 Not finite, constant, exploding: such a record is set aside, and not asked for again until its note is removed
@@ -10,6 +10,7 @@ Not finite, constant, exploding: such a record is set aside, and not asked for a
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ import numpy as np
 from common.errors import Partial
 from common.files import write_atomic
 from common.log import Log
-from common.record import Record
+from common.record import Contract, Record
+from common.schedule import contract_grid, expert_of, kept_steps
 from common.shards import QUARANTINE, ShardSet
 from harvest.plan import WorkItem
 
 Fault = dict[str, str]
 EXPLODES_ABOVE = 100.0
 """Times the state's own size: what a teacher predicts is of the order of noise and picture."""
+UNREADABLE = "unreadable"
+MEND_NUMBERS = "compute in bfloat16 or float32 (teacher.dtype): into a new set, or `python -m harvest repair`"
+MEND_PICTURES = "mend the pictures named there, which are new ones then, or leave them out"
 FEW = 100
 """Records that a share is taken of, at least: the first bad one is no rate."""
 
@@ -34,16 +39,18 @@ class Health:
     """Counts what is set aside in one run; called from one thread at a time."""
 
     def __init__(self, shards: ShardSet, max_share: float, log: Log) -> None:
-        self.num_good, self.num_bad = 0, 0
+        self.num_good, self.num_bad, self._mends = 0, 0, dict[str, None]()
         self._shards, self._max_share, self._log = shards, max_share, log
 
-    def sift(self, records: Sequence[Record]) -> tuple[list[Record], list[Fault]]:
-        """The good ones, and what is wrong with the others."""
-        faults = [{"key": record.key, **fault} for record in records if (fault := self._fault(record))]
+    def sift(self, records: Sequence[Record], missing: Sequence[Fault] = ()) -> tuple[list[Record], list[Fault]]:
+        """The good ones, and what is wrong with the others; `missing`: what did not become a record at all."""
+        faults = [{"key": record.key, **fault} for record in records if (fault := self._fault(record))] + [*missing]
         bad = {fault["key"] for fault in faults}
         self.num_bad += len(bad)
-        self.num_good += len(records) - len(bad)
-        return [record for record in records if record.key not in bad], faults
+        self._mends |= dict.fromkeys(MEND_PICTURES if fault["what"] == UNREADABLE else MEND_NUMBERS for fault in faults)
+        good = [record for record in records if record.key not in bad]
+        self.num_good += len(good)
+        return good, faults
 
     def set_aside(self, item: WorkItem, faults: Sequence[Fault]) -> None:
         """After the good ones are committed: killed in between, only the bad ones are asked for again."""
@@ -62,7 +69,7 @@ class Health:
             raise Partial(
                 wrong=f"{self.num_bad} of {self.num_good + self.num_bad} records had to be quarantined",
                 found=f"more than max_quarantined: {self._max_share}; see {self.folder}",
-                mend="compute in bfloat16 or float32 (teacher.dtype), then `python -m harvest repair`",
+                mend="; ".join(self._mends),
             )
 
     def complain(self) -> None:
@@ -70,14 +77,26 @@ class Health:
             raise Partial(
                 wrong=f"{self.num_bad} records were set aside",
                 found=f"see {self.folder}",
-                mend="compute in bfloat16 or float32: into a new set, or into this one after removing that folder",
+                mend="; ".join(self._mends),
             )
 
     def _fault(self, record: Record) -> Fault | None:
         where = record.bad_field(self._shards.contract.storage_dtype)
         if where == "text":
             return {"what": "not finite", "where": "text: the text encoder overflowed"}
-        return {"what": "not finite", "where": where} if where else odd_prediction(record)
+        fault = {"what": "not finite", "where": where} if where else odd_prediction(record)
+        return fault and fault | step_of(record, fault["where"], self._shards.contract)
+
+
+def step_of(record: Record, where: str, contract: Contract) -> Fault:
+    """The number of the solver's step, 0 the first, that the named point was kept at; nothing for an end point."""
+    point = re.match(r"\w+\[(\d+)\]", where)
+    if point is None:
+        return {}
+    grid = contract_grid(contract, int(record.key, 16))
+    experts = expert_of(grid.timesteps, contract.boundary, train_steps=contract.train_steps)
+    kept = kept_steps(record.key, contract.steps, contract.keep, experts, contract.keep_at)
+    return {"step": f"{kept[int(point[1])]} of {contract.steps}"}
 
 
 def odd_prediction(record: Record) -> Fault | None:

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from harvest.assets import leave_assets
 from harvest.config import HarvestConfig
 from harvest.loading.folder import Resolved, resolve
 from harvest.meaning import is_finished, make_contract, make_numerics, say_numerics
-from harvest.plan import Plan, WorkItem, make_plan, record_bytes
+from harvest.plan import Plan, Question, WorkItem, check_size, make_plan, record_bytes
 from harvest.running.agenda import Leases, agenda
 from harvest.running.events import HarvestWatch, tell
 from harvest.running.health import Health
@@ -41,10 +41,12 @@ from harvest.running.progress import Progress
 from harvest.running.shortage import disk_told, memory_told
 from harvest.running.slices import WHOLE, Slice
 from harvest.running.writer import Writer
+from harvest.samples import draw_samples, missing_samples
 from harvest.teacher import Teacher, TeacherFacts, work_of
 from harvest.teachers import facts_of, load_teacher
 
 CONFIG_NAME, RUN_NAME = "config.yaml", "run.json"
+TOKENIZED_TOGETHER = 1000
 RELEASES = ("torch", "diffusers", "transformers", "numpy", "zarr")
 
 
@@ -59,13 +61,20 @@ class Task:
 
     @property
     def is_finished(self) -> bool:
-        return is_finished(self.config, self.facts, self.plan)
+        """Nothing is left to ask, and every sample is drawn."""
+        return is_finished(self.config, self.facts, self.plan) and not self.missing_samples
+
+    @property
+    def missing_samples(self) -> list[Question]:
+        return missing_samples(self.config, self.config.out, self.config.samples)
 
 
 def read_task(config: HarvestConfig) -> Task:
     """A mistake in the configuration, the prompts or the folder costs nothing yet."""
     resolved = resolve(config.teacher.folder, config.teacher.variant, config.teacher.rest)
     facts = facts_of(resolved)
+    if config.samples:
+        check_size(config.height, config.width, facts)
     return Task(config=config, resolved=resolved, facts=facts, plan=make_plan(config, facts))
 
 
@@ -118,7 +127,7 @@ def watched(config: HarvestConfig, part: Slice, stop: StopRequest) -> Iterator[t
 def _work(task: Task, part: Slice, strict: bool, stop: StopRequest, watch: HarvestWatch, log: Log) -> int:
     config = task.config
     with watch.stage("load", deadline_s=config.deadline_s), memory_told(config, task.resolved):
-        teacher = ready_teacher(config, task.resolved, watch, log)
+        teacher = ready_teacher(task, watch, log)
     shards = ShardSet.create(
         config.out, make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
     )
@@ -127,6 +136,10 @@ def _work(task: Task, part: Slice, strict: bool, stop: StopRequest, watch: Harve
     leave_assets_once(shards, task.resolved, teacher)
     watch.running()
     health = Health(shards, config.max_quarantined, log)
+    if part.rank == 0 and (samples := task.missing_samples):
+        with watch.stage("samples", deadline_s=config.deadline_s), memory_told(config, task.resolved):
+            draw_samples(teacher, samples, config, shards, numerics, watch.moved, health)
+        log.say(f"{len(samples)} samples drawn")
     try:
         num_added = _work_items(task, part, teacher, shards, numerics, health, stop, watch, log)
         health.complain()
@@ -140,14 +153,16 @@ def _work(task: Task, part: Slice, strict: bool, stop: StopRequest, watch: Harve
 def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, numerics: Numerics, health: Health,
                 stop: StopRequest, watch: HarvestWatch, log: Log) -> int:  # fmt: skip
     from harvest.activations import listening
+    from harvest.latents import open_pictures
     from harvest.rollout import rollout
 
     config, mine = task.config, list(task.plan.remaining(shards, part))
     num_records, leases = sum(len(item.questions) for item in mine), Leases(config.out)
     log.say(f"{len(mine)} of {len(task.plan.items)} items to do, {num_records} records")
+    say_cut(mine, teacher, watch, log)
 
     def finish(item: WorkItem, records: list[Record]) -> None:
-        good, faults = health.sift(records)
+        good, faults = health.sift(records, [] if pictures is None else pictures.faults(item))
         if good:
             shards.commit(good, numerics, container=config.container)
         health.set_aside(item, faults)
@@ -155,11 +170,16 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
         progress.committed(item, len(good), len(faults))
         health.require_few()
 
-    def moved() -> None:
+    def alive() -> None:
         writer.check()
         leases.touch()
-        progress.moved(item)
         watch.moved(added=progress.num_added, of=num_records)
+
+    pictures = open_pictures(config, task.resolved, teacher, alive)
+
+    def moved() -> None:
+        progress.moved(item)
+        alive()
 
     def wait(seconds: float) -> None:
         stop.check()
@@ -171,7 +191,8 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
             heard = listening(teacher, shards) if item.id == task.plan.items[0].id else contextlib.nullcontext()
             with memory_told(config, task.resolved), heard:
                 records = rollout(teacher, item, shards.contract, micro_batch=config.micro_batch, moved=moved,
-                                  stage=partial(watch.stage, deadline_s=config.deadline_s))  # fmt: skip
+                                  stage=partial(watch.stage, deadline_s=config.deadline_s),
+                                  pictures=pictures)  # fmt: skip
             with watch.stage("write", deadline_s=config.deadline_s):
                 writer.put(item, records)
             del records  # the writer's now: one item less in memory while the next one is walked
@@ -181,17 +202,34 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
     return progress.num_added
 
 
-def ready_teacher(config: HarvestConfig, resolved: Resolved, watch: HarvestWatch, log: Log) -> Teacher:
+def ready_teacher(task: Task, watch: HarvestWatch, log: Log) -> Teacher:
     import torch
 
+    config = task.config
     if config.teacher.threads:
         torch.set_num_threads(config.teacher.threads)
     began = time.monotonic()
-    teacher = load_teacher(config.teacher, resolved, watch, log, work_of(config))
+    teacher = load_teacher(config.teacher, task.resolved, watch, log, work_of(config, task.plan.sizes))
     log.say(f"teacher loaded in {human_seconds(time.monotonic() - began)}")
     if config.shift is not None and config.shift != teacher.facts.shift:
         log.say(f"shift {config.shift} as configured; the folder's own is {teacher.facts.shift}")
     return teacher
+
+
+def say_cut(items: Sequence[WorkItem], teacher: Teacher, watch: HarvestWatch, log: Log) -> None:
+    """Once a run: prompts whose end the teacher will not see."""
+    limit, cut, num_tokens = teacher.facts.text_length, "", 0
+    prompts = list(dict.fromkeys(question.prompt for item in items for question in item.questions))
+    num_cut = 0
+    for start in range(0, len(prompts), TOKENIZED_TOGETHER):
+        part = prompts[start : start + TOKENIZED_TOGETHER]
+        too_long = [(p, n - limit) for p, n in zip(part, teacher.count_tokens(part), strict=True) if n > limit]
+        num_cut, num_tokens = num_cut + len(too_long), num_tokens + sum(beyond for _, beyond in too_long)
+        cut = cut or (too_long[0][0] if too_long else "")
+        watch.moved()
+    if num_cut:
+        told = f"{num_cut} of {len(prompts)} prompts are longer than the {limit} tokens that the teacher reads"
+        log.say(f"{told}: their ends are cut", tokens=num_tokens, first=f"{cut[:60]}...")
 
 
 def leave_assets_once(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from common.errors import BadUsage
 
-LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-"""torchrun; srun."""
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+"""torchrun; srun. A batch script without srun has SLURM_NTASKS and is one process all the same."""
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 
 

@@ -22,9 +22,11 @@ from common.errors import BadUsage, Corrupt, Fault, Partial, Refused, Stopped
 from common.log import Log
 from common.stop import StopRequest
 from harvest.config import HarvestConfig
+from harvest.placing.places import WORKERS_HERE
 from harvest.running.events import HarvestWatch, tell
 from harvest.running.loop import CONFIG_NAME, Task, holding, read_task, run_dir, say_finished, watched
 from harvest.running.slices import Slice
+from harvest.teacher import work_of
 
 MAX_FAULTS = 3
 FORGIVEN_AFTER_S = 3600.0
@@ -43,6 +45,8 @@ class Place:
     part: Slice
     gpu: str | None
     """For CUDA_VISIBLE_DEVICES; several where there are more GPUs than workers."""
+    sharers: int
+    """Workers on this machine, it included."""
     process: subprocess.Popen[bytes] | None = None
     fault_times: list[float] = field(default_factory=list)
     code: int | None = None
@@ -71,10 +75,17 @@ def gpus_of(config: HarvestConfig) -> list[str]:
 
 
 def num_workers(config: HarvestConfig) -> int:
-    """As configured; else one for all GPUs where the placement spreads one teacher over them, or one for each."""
-    if config.workers is not None:
-        return config.workers
-    return 1 if config.teacher.placement not in ON_ONE_GPU else max(1, len(gpus_of(config)))
+    """As configured; else one for all GPUs where the placement spreads one teacher over them, or one for each: what
+    `plan` says of this very machine."""
+    num_gpus = len(gpus_of(config)) if config.workers is None else 0
+    if config.workers is not None or num_gpus <= 1:
+        return config.workers or 1
+    if config.teacher.placement not in ON_ONE_GPU:
+        return 1
+    from harvest.teachers import placement_of
+
+    task = read_task(config)
+    return placement_of(config.teacher, task.resolved, work_of(config, task.plan.sizes)).workers
 
 
 def share_out(gpus: Sequence[str], count: int) -> list[str | None]:
@@ -94,7 +105,7 @@ def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: floa
         return
     count = num_workers(config)
     gpus = share_out(gpus_of(config), count)
-    places = [Place(part=share, gpu=gpu) for share, gpu in zip(part.split(count), gpus, strict=True)]
+    places = [Place(part=share, gpu=gpu, sharers=count) for share, gpu in zip(part.split(count), gpus, strict=True)]
     with holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
         log.say(f"{len(places)} workers: {', '.join(map(str, places))}")
         watch.running()
@@ -124,6 +135,7 @@ def _watch_over(places: Sequence[Place], task: Task, stop: StopRequest, watch: H
 def _start(place: Place, config_path: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "harvest", "run", str(config_path), "--slice", str(place.part), *options]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu else {})
+    environment[WORKERS_HERE[0]] = str(place.sharers)
     return subprocess.Popen([*words, "--child-of", str(os.getpid())], env=environment, stdin=subprocess.DEVNULL)
 
 

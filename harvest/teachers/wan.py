@@ -17,7 +17,7 @@ from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.loading.folder import Resolved, read_json, scheduler_told
 from harvest.loading.measure import TEXT_ENCODER
-from harvest.loading.parts import Parts, choose_dtype, dtype_name, load_parts
+from harvest.loading.parts import Parts, choose_dtype, count_tokens, dtype_name, load_parts
 from harvest.teacher import ExpertListener, TeacherFacts, Work
 from harvest.teachers.wan_attention import PADDING_KEYS, Text, attending, collapse, padding_bias
 from harvest.teachers.wan_check import doubts
@@ -43,6 +43,9 @@ class WanTeacher:
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._encode_one(prompt) for prompt in prompts]
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        return count_tokens(self._tokenizer, prompts)
 
     def condition(self, texts: list[Tensor], negative: Tensor) -> list[Text]:
         """One Text per forward: cond and uncond together, or each alone."""

@@ -3,7 +3,8 @@
     python -m tests.faults.harvests CONFIG KILLS SEED WORKERS...     prints one JSON line for each number of workers
 
 torch and diffusers are imported once; each round forks WORKERS children that harvest their shares of CONFIG (one child:
-all of it), and kills them with SIGKILL at random moments. A set that got finished is measured and removed.
+all of it), and kills them with SIGKILL at random moments of the time that an undisturbed run takes. A set that got
+finished is measured and removed.
 """
 
 import hashlib
@@ -23,8 +24,6 @@ from harvest.config import HarvestConfig
 from harvest.running.loop import harvest, read_task
 from harvest.running.slices import WHOLE, Slice
 from tests.made import tree
-
-LONGEST_LIFE_S = 2.5
 
 
 def import_all() -> None:
@@ -60,10 +59,13 @@ def digest(set_dir: Path) -> str:
 def kill_often(config: HarvestConfig, kills: int, seed: int, num_workers: int) -> dict[str, object]:
     rng, killed, in_the_middle, ends = random.Random(seed), 0, 0, []
     task, parts = read_task(config), WHOLE.split(num_workers)
+    began = time.monotonic()
+    ends.append(finish(config, parts))
+    life_s = time.monotonic() - began  # on this machine, as busy as it is
     while killed < kills:
         children = [fork_harvest(config, part) for part in parts]
         for child in children:
-            time.sleep(rng.random() * LONGEST_LIFE_S / num_workers)
+            time.sleep(rng.random() * life_s / num_workers)
             os.kill(child, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         num_receipts = len(list((config.out / "receipts").glob("[!.]*")))

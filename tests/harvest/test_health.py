@@ -14,11 +14,12 @@ import torch
 from common import files
 from common.errors import Partial, Refused
 from common.log import Log
+from common.schedule import contract_grid, expert_of, kept_steps
 from common.shards import QUARANTINE, ShardSet
 from harvest.config import HarvestConfig
 from harvest.loading.folder import resolve
 from harvest.running.check import check
-from harvest.running.health import FEW, Health, odd_prediction
+from harvest.running.health import FEW, Health, odd_prediction, step_of
 from harvest.running.shortage import memory_told
 from harvest.running.writer import Writer
 from tests.made import harvest_config, harvest_here, made_contract, made_record, planned, tree
@@ -133,6 +134,24 @@ def test_check_walks_one_micro_batch_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["prompts.txt"]
 
 
+def _kept(key: str, shards: ShardSet) -> list[int]:
+    grid = contract_grid(shards.contract, int(key, 16))
+    experts = expert_of(grid.timesteps, shards.contract.boundary)
+    return [int(step) for step in kept_steps(key, 8, 2, experts, (0,))]
+
+
+def test_the_step_in_a_note_is_the_one_that_the_solver_took(micro_set: Path) -> None:
+    """Of records as they were walked: the step's own noise level is the point's."""
+    shards = ShardSet.open(micro_set)
+    reader = shards.read(shards.manifest().receipts[0])
+    for number in range(4):
+        record = reader.record(number)
+        grid = contract_grid(shards.contract, int(record.key, 16))
+        for point, t in enumerate(record.timesteps):
+            step = step_of(record, f"cond[{point}] (t={t:.1f}, expert 0)", shards.contract)["step"]
+            assert grid.timesteps[int(step.split()[0])] == t
+
+
 def test_a_quarantine_note_says_what_where_and_who(tmp_path: Path) -> None:
     shards = ShardSet.create(tmp_path / "set", made_contract())
     health = Health(shards, 1.0, Log("test", quiet=True))
@@ -147,5 +166,9 @@ def test_a_quarantine_note_says_what_where_and_who(tmp_path: Path) -> None:
     (entry,) = json.loads((shards.path / QUARANTINE / f"{item.id}.json").read_bytes())
     assert entry["key"] == record.key and entry["what"] == "not finite"
     assert entry["where"] == f"uncond[1] (t={record.timesteps[1]:.1f}, expert {record.expert[1]})"
+    assert entry["step"] == f"{_kept(record.key, shards)[1]} of 8"
+    final = made_record(4)
+    final.final[0, 0, 0] = np.nan
+    assert "step" not in Health(shards, 1.0, Log("test", quiet=True)).sift([final])[1][0]
     with pytest.raises(Partial, match="1 records were set aside"):
         health.complain()

@@ -99,3 +99,17 @@ def test_remarks_are_no_prompts(tmp_path: Path) -> None:
     assert [wish.prompt for wish in wishes] == ["a cat", "#1 fan of dogs"]
     ours, _ = read_prompts(Path("configs/prompts/static.txt"))
     assert len(ours) == 200 and not any(wish.prompt.startswith("# ") for wish in ours)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    """Unicode has other separators, and captions from the web have them all; a quoted cell may hold a line feed."""
+    assert [w.prompt for w in read_prompts(written(tmp_path / "p.txt", "a cat\u2028 asleep\r\nb\n"))[0]] == [
+        "a cat asleep",
+        "b",
+    ]
+    jsonl = json.dumps({"prompt": "a\u2028dog"}, ensure_ascii=False)
+    assert [w.prompt for w in read_prompts(written(tmp_path / "p.jsonl", jsonl))[0]] == ["a dog"]
+    cell = 'prompt,seed\n"a cat\nsits",3\n'
+    assert read_prompts(written(tmp_path / "p.csv", cell))[0] == [Wish(prompt="a cat sits", seed=3)]
+    with pytest.raises(BadUsage, match="whole numbers"):
+        read_prompts(written(tmp_path / "q.jsonl", json.dumps({"prompt": "a", "seed": 2**64})))

@@ -143,7 +143,7 @@ def test_a_time_limit_stops_like_a_signal(tmp_path: Path, micro_wan: Path) -> No
 
 def test_a_place_that_faults_three_times_is_retired_and_the_others_do_its_work(tmp_path: Path, micro_wan: Path) -> None:
     config = harvest_config(tmp_path / "set", micro_wan)
-    places = [Place(part=part, gpu=None) for part in WHOLE.split(2)]
+    places = [Place(part=part, gpu=None, sharers=1) for part in WHOLE.split(2)]
     places[1].done = True
     for fault in (1, 2, 3):
         assert places[0].is_wanted
@@ -180,15 +180,16 @@ def test_status_tells_how_far_a_dead_run_was_and_goes_on_telling(tmp_path: Path,
 ENVIRONMENTS = [
     ({}, WHOLE, False),
     ({"RANK": "2", "WORLD_SIZE": "4"}, Slice(rank=2, size=4), True),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}, Slice(rank=1, size=8), True),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, WHOLE, False),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"}, Slice(rank=1, size=8), True),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, WHOLE, False),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, WHOLE, False),
     (
         {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"},
         Slice(rank=2, size=3),
         False,
     ),
     (
-        {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"},
+        {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"},
         Slice(rank=3, size=8),
         True,
     ),

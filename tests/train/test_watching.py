@@ -1,6 +1,7 @@
 """What a run shows and what is measured on it: pictures, the held-out gap, a grader's scores, a check before hours."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from common.config import check as checked
 from common.errors import BadUsage, Partial, Refused
 from common.shards import ShardSet, is_held_out
-from tests.made import harvest_config, harvest_here
+from tests.made import command, harvest_config, harvest_here
 from train.check import check
 from train.config import TrainConfig
 from train.dist import World
@@ -157,3 +158,19 @@ def test_an_epoch_waits_for_a_shard_and_then_goes_on_without(settings: dict[str,
     assert len(patient.freeze(2)) == 2
     began = time.monotonic()
     assert len(patient.freeze(3)) == 2 and time.monotonic() - began < 0.4, "the harvest is over: nobody waits twice"
+
+
+def test_a_sample_that_was_added_later_can_be_drawn(tmp_path: Path, micro_config: Any, micro_set: Path) -> None:
+    """Drawn by the teacher after the harvest; training finds its text and its picture in the set."""
+    from tests.harvest.test_resume import as_file
+    from train.chosen import records_of_prompts
+
+    shutil.copytree(micro_set, tmp_path / "set")
+    config = as_file(micro_config.model_copy(update={"out": tmp_path / "set"}), tmp_path / "c.yaml")
+    shards = ShardSet.open(tmp_path / "set")
+    with pytest.raises(Refused, match="add-samples"):
+        records_of_prompts(shards, ["a blue house in the sea"])
+    done = command("harvest", "add-samples", tmp_path / "set", config, "--prompt", "a blue house in the sea")
+    assert done.returncode == 0, done.stderr
+    (record,) = records_of_prompts(shards, ["a blue  house in the sea"])
+    assert record.prompt == "a blue house in the sea" and record.final.std() > 0

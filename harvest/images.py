@@ -1,0 +1,197 @@
+"""Pictures of one's own in the place of the teacher's: `source: images`. Captions and files; no torch.
+
+    wishes, summary = read_pictures(config.images)        a wish each: its caption, a seed out of its content, its name
+    for name, found in pictures_of(config.images, names, height, width): ...      RGB of that size, or why there is none
+
+    images.path   a folder          a/b.jpg, its caption in a/b.txt or in a/b.json {"caption": ...}
+                  pictures.jsonl    {"file": "a/b.jpg", "caption": ...} a line; files as seen from the manifest
+                  pictures*.tar     WebDataset shards, read with that library: the same pairs, by key
+
+A picture is resized until it covers the configured size, and cut at its centre; what is transparent lies on white.
+Equal captions do not collide: the seed is a digest of the picture's bytes, so another picture is another record.
+"""
+
+import glob
+import json
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common.cleaning import clean_prompt
+from common.errors import BadUsage
+from harvest.config import ImagesConfig
+from harvest.prompts import Wish
+from harvest.seen import Seen
+from harvest.stills import PICTURES, VIDEOS, Found, require_still, seed_of_picture, still
+
+CAPTIONS, FILES = ("caption", "prompt", "text"), ("file", "file_name")
+MANIFEST, SHARD = ".jsonl", ".tar"
+
+
+def read_pictures(images: ImagesConfig) -> tuple[list[Wish], str]:
+    """Every byte is read, once: a seed is a digest of its picture."""
+    seen = Seen("pictures", {"path": str(images.path.absolute()), "frame": images.frame})
+    wishes, bare = [], []
+    for name, caption, seed in _told_of(images, seen):
+        prompt = clean_prompt(caption)
+        wishes.append(Wish(prompt=prompt, seed=seed, picture=name))
+        bare += [] if prompt else [name]
+    seen.keep()
+    if not wishes:
+        raise BadUsage(wrong=f"{images.path} holds no picture", found=f"none of {', '.join(PICTURES)}",
+                       mend="set images.path to a folder, a .jsonl or .tar files")  # fmt: skip
+    if bare:
+        raise BadUsage(wrong=f"{len(bare)} of {len(wishes)} pictures have no caption", found=bare[0],
+                       mend="write it beside the picture: NAME.txt, or NAME.json with a \"caption\"")  # fmt: skip
+    return wishes, f"{len(wishes)} pictures from {images.path}, resized to cover the size and cut at the centre"
+
+
+def pictures_of(images: ImagesConfig, names: Collection[str], height: int, width: int) -> Iterator[tuple[str, Any]]:
+    """(name, PIL image) of each that can be read, (name, str) that says why of each that cannot."""
+    for name, data in _bytes_of(images.path, names):
+        yield name, data if isinstance(data, str) else still(data, images.frame, height, width)
+
+
+def _told_of(images: ImagesConfig, seen: Seen) -> Iterator[tuple[str, str, int]]:
+    """Name, caption and seed of each; what looks as it did is not read again."""
+
+    def read(found: Iterable[Found]) -> list[list[Any]]:
+        told: list[list[Any]] = []
+        for each in found:
+            require_still(each, images.frame)
+            told.append([each.name, each.caption, seed_of_picture(each.data, images.frame)])
+        return told
+
+    for name, files, found in _found(images.path):
+        yield from seen.of(name, files, partial(read, found))
+
+
+def _found(path: Path) -> Iterator[tuple[str, list[Path], Iterable[Found]]]:
+    """In an order that depends on names alone: what holds pictures, its files, and they themselves when wanted."""
+    if path.suffix == SHARD:
+        yield from ((str(shard), [shard], _of_shard(shard)) for shard in _shards(path))
+    elif path.suffix == MANIFEST:
+        for name, caption in _manifest(path):
+            yield f"{name}\n{caption}", [_there(path.parent / name)], _one(name, path.parent / name, caption)
+    elif path.is_dir():
+        kinds = (*PICTURES, *VIDEOS)
+        for file in sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in kinds):
+            name, beside = file.relative_to(path).as_posix(), _beside(file)
+            yield name, [file, *beside], _one(name, file, *beside)
+    else:
+        raise BadUsage(wrong="images.path is nothing that is known", found=str(path),
+                       mend="give a folder, a .jsonl manifest, a .tar or a pattern of .tar files")  # fmt: skip
+
+
+def _one(name: str, file: Path, caption: str | Path = "") -> Iterator[Found]:
+    told = (
+        caption if isinstance(caption, str) else _told(_read(caption), str(caption), is_json=caption.suffix == ".json")
+    )
+    yield Found(name=name, data=_read(file), caption=told)
+
+
+def _bytes_of(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes | str]]:
+    if path.suffix == SHARD:
+        left = set(names)
+        for shard in _shards(path):
+            here = {name for name in left if name.startswith(f"{shard}/")}
+            for found in _of_shard(shard) if here else ():
+                if found.name in here:
+                    here.remove(found.name)
+                    left.remove(found.name)
+                    yield found.name, found.data
+                if not here:
+                    break
+        yield from ((name, "it is there no more") for name in sorted(left))
+        return
+    folder = path.parent if path.suffix == MANIFEST else path
+    for name in names:
+        try:
+            yield name, (folder / name).read_bytes()
+        except OSError as error:
+            yield name, f"it cannot be read: {error.strerror}"
+
+
+def _shards(path: Path) -> list[Path]:
+    shards = [Path(name) for name in sorted(glob.glob(str(path)))]
+    if not shards:
+        raise BadUsage(wrong="images.path names no file", found=str(path), mend="give .tar files that are there")
+    return shards
+
+
+def _of_shard(shard: Path) -> Iterator[Found]:
+    import tarfile
+
+    import webdataset
+
+    def all_of_them(urls: Any) -> Any:  # under a launcher, too: the plan shares the work out, not the library
+        return urls
+
+    samples = webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False, nodesplitter=all_of_them,
+                                    workersplitter=all_of_them)  # fmt: skip
+    try:
+        for sample in samples:
+            for kind in (*PICTURES, *VIDEOS):
+                if kind[1:] in sample:
+                    name = f"{shard}/{sample['__key__']}{kind}"
+                    yield Found(name=name, data=sample[kind[1:]], caption=_caption_in(sample, name))
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise BadUsage(wrong="a shard of pictures cannot be read", found=f"{shard}: {error}",
+                       mend="copy it again, or leave it out of images.path") from None  # fmt: skip
+
+
+def _caption_in(sample: dict[str, Any], name: str) -> str:
+    if "txt" in sample:
+        return _told(sample["txt"], name, is_json=False)
+    return _told(sample["json"], name, is_json=True) if "json" in sample else ""
+
+
+def _beside(file: Path) -> list[Path]:
+    """Where its caption stands: one file, or none."""
+    return [beside for suffix in (".txt", ".json") if (beside := file.with_suffix(suffix)).exists()][:1]
+
+
+def _told(data: bytes, name: str, *, is_json: bool) -> str:
+    try:
+        values = json.loads(data) if is_json else data.decode("utf-8-sig")
+    except ValueError as error:
+        raise BadUsage(wrong=f"the caption of {name} cannot be read", found=str(error), mend="save it as UTF-8 text, "
+                       "or as JSON with a \"caption\"") from None  # fmt: skip
+    return values if isinstance(values, str) else str(_named(values, CAPTIONS) or "")
+
+
+def _manifest(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise BadUsage(wrong=f"{path} line {number} is not JSON", found=str(error), mend="mend it") from None
+        name = _named(values, FILES)
+        if not isinstance(name, str) or not name:
+            raise BadUsage(wrong=f"{path} line {number} names no file", found=repr(values)[:80],
+                           mend='write {"file": "a.jpg", "caption": "..."}')  # fmt: skip
+        yield name, str(_named(values, CAPTIONS) or "")
+
+
+def _named(values: Any, names: Collection[str]) -> Any:
+    """The first of these keys that a JSON object has."""
+    return next((values[name] for name in names if isinstance(values, dict) and name in values), None)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadUsage(wrong="images.path names what cannot be read", found=f"{path}: {error.strerror}",
+                       mend="put it there, or leave it out") from None  # fmt: skip
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise BadUsage(
+            wrong="images.path names what is not there", found=str(path), mend="put it there, or leave it out"
+        )
+    return path

@@ -1,0 +1,118 @@
+"""What `plan` says is what a run then does: bytes, hours, and what does not fit."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import BadUsage, Refused
+from common.shards import RUNS, ShardSet
+from harvest.config import HarvestConfig
+from harvest.doctor import examine
+from harvest.forecast import forecast
+from harvest.loading.folder import resolve
+from harvest.plan_report import Means, answers_of, report, tokens_of
+from harvest.running.loop import read_task
+from harvest.teachers import facts_of
+from tests.harvest.test_resume import as_file
+from tests.made import PROMPTS, command, harvest_config, harvest_here, planned
+
+CASES: list[dict[str, Any]] = [
+    {"container": "zarr"},
+    {"container": "tar"},
+    {"container": "zarr", "encoding": "int8-block64", "keep": 5},
+    {"container": "tar", "encoding": "int8-block64", "records_per_shard": 24},
+    {"container": "zarr", "encoding": "float32", "height": 96, "source": "renoise"},
+    {"container": "tar", "encoding": "float32", "records_per_shard": 7},
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_predicted_bytes_are_those_that_are_written(tmp_path: Path, micro_wan: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a light house on a red sea " * 9, "日本の庭"]), "utf-8")
+    config = harvest_config(tmp_path / "set", micro_wan, **changes)
+    resolved = resolve(micro_wan, "auto")
+    told = forecast(config, facts_of(resolved), planned(config), tokens_of(resolved))
+    out = harvest_here(config)
+    receipts = sum(path.stat().st_size for path in (out / "receipts").iterdir())
+    written = ShardSet.open(out).manifest().num_bytes + receipts
+    assert abs(told.total - written) <= 0.01 * written, (told, written)
+
+
+@pytest.mark.parametrize("source", ["trajectory", "renoise"])
+def test_predicted_forwards_are_those_that_a_run_takes(tmp_path: Path, micro_wan: Path, source: str) -> None:
+    config = harvest_config(tmp_path / "set", micro_wan, source=source, keep=5, records_per_shard=7)
+    answers = answers_of(read_task(config))
+    (metrics,) = (harvest_here(config) / RUNS).glob("*/metrics.jsonl")
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert last["records"] == 24 and last["forwards"] == sum(answers)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, micro_wan: Path) -> None:
+    """12 items of 4 records are two micro-batches each: 6 x 2 x 6 answers of two seconds are 144 s."""
+    config = harvest_config(tmp_path / "set", micro_wan)
+    lines = list(report(config, Means(seconds_per_forward=2.0, gpus=2)))
+    assert "time      0.02 h on 2 GPUs, 0.04 GPU-hours" in lines
+    assert "a kill    loses at most 2 shards of each worker, 8 records, 48.0s of work" in lines
+    assert any("records_per_shard: 1 " in line for line in report(config, Means(seconds_per_forward=150.0)))
+    with pytest.raises(Refused, match=r"0\.04 h of 0\.02 h; do: prompts\.limit: 6") as caught:
+        list(report(config, Means(seconds_per_forward=2.0, hours=0.02)))
+    assert caught.value.exit_code == 4
+    fewer = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": 6})})  # type: ignore[union-attr]
+    assert any("the time allows" in line for line in report(fewer, Means(seconds_per_forward=2.0, hours=0.021)))
+    with pytest.raises(Refused, match=r"kB of 100\.0 kB"):
+        list(report(config, Means(disk=100_000)))
+    limit = _first_proposal(config, Means(disk=400_000))
+    assert limit < 12
+    for prompts, fits in ((limit, True), (limit + 2, False)):
+        less = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": prompts})})  # type: ignore[union-attr]
+        assert (forecast(less, *_facts_and_plan(less)).total <= 400_000) == fits
+
+
+def _first_proposal(config: HarvestConfig, means: Means) -> int:
+    told = []
+    with pytest.raises(Refused):
+        for line in report(config, means):
+            told.append(line)
+    first = next(line for line in told if line.startswith("fits"))
+    return int(re.findall(r"\d+", first)[0])
+
+
+def _facts_and_plan(config: HarvestConfig) -> Any:
+    task = read_task(config)
+    return task.facts, task.plan, tokens_of(task.resolved)
+
+
+def test_the_probe_asks_the_real_teacher_and_leaves_nothing(tmp_path: Path, micro_wan: Path) -> None:
+    path = as_file(harvest_config(tmp_path / "deep" / "set", micro_wan), tmp_path / "c.yaml")
+    done = command("harvest", "plan", path, "--probe", "--hours", "1h", "--disk", "3T")
+    assert done.returncode == 2 and "--hours" in done.stderr
+    done = command("harvest", "plan", path, "--probe", "--hours", "5", "--disk", "3T")
+    assert done.returncode == 0, done.stderr
+    first, second = map(float, re.search(r"pace +([\d.e-]+) s, ([\d.e-]+) s an answer", done.stdout).groups())  # type: ignore
+    assert 0 < first < 5 and 0 < second < 5 and "probed in" in done.stderr
+    assert "as many as the time allows" in done.stdout and "GPU-hours" in done.stdout
+    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["prompts.txt"]
+    with pytest.raises(BadUsage, match="keep"):
+        harvest_config(tmp_path / "set", micro_wan, keep=7)
+
+
+def test_the_doctor_says_what_is_fit_and_what_is_not(tmp_path: Path, micro_wan: Path) -> None:
+    config = harvest_config(tmp_path / "set", micro_wan)
+    told = list(examine(config))
+    for start in (
+        "releases  torch ",
+        "cpu ",
+        "disk ",
+        "writing ",
+        "locks     kept",
+        "teacher   text_encoder",
+        "placement cpu",
+    ):
+        assert any(line.startswith(start) for line in told), start
+    assert not list(tmp_path.glob(".tmp*"))
+    nowhere = config.model_copy(update={"teacher": config.teacher.model_copy(update={"folder": tmp_path / "none"})})
+    with pytest.raises(Refused, match="1 things stand in the way; found: there is no teacher"):
+        list(examine(nowhere))

@@ -1,0 +1,263 @@
+"""Pictures instead of walks: what is read, what becomes of it in the teacher's latent space, and what is refused."""
+
+import json
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import BadUsage, Partial
+from common.schedule import contract_grid, renoise_noise
+from common.shards import QUARANTINE, RUNS, ShardSet
+from harvest.config import HarvestConfig, ImagesConfig
+from harvest.granary.repair import repair
+from harvest.images import pictures_of, read_pictures
+from harvest.latents import OVERLAP, TILE, encode_in_tiles
+from harvest.plan_report import answers_of
+from harvest.running.loop import read_task
+from tests.harvest.test_oracle import padded
+from tests.made import harvest_config, harvest_here, tree
+from tests.micro import write_micro_ti2v
+
+CAPTION = "a red cat"
+EXACT: dict[str, Any] = {
+    "latent_dtype": "float32", "encoding": "float32", "source": "images", "prompts": None, "steps": 6, "keep": 3,
+    "teacher": {"batched_guidance": False, "collapsed_padding": False},
+}  # fmt: skip
+
+
+def drawn(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures, two of one caption; captions as text and as JSON."""
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.jpg", "deep/c.webp", "deep/d.png", "e.bmp"]):
+        file = tmp_path / "pictures" / name
+        drawn(number).save(file)
+        if number < 2:
+            file.with_suffix(".txt").write_text(f" {CAPTION}\n", encoding="utf-8")
+        else:
+            file.with_suffix(".json").write_text(json.dumps({"caption": f"a picture {number}"}), encoding="utf-8")
+    return tmp_path / "pictures"
+
+
+def config_of(path: Path, teacher: Path, out: Path, **changes: Any) -> HarvestConfig:
+    return harvest_config(out, teacher, **{**EXACT, "images": ImagesConfig(path=path), **changes})
+
+
+def as_tar(folder: Path, target: Path) -> Path:
+    with tarfile.open(target, "w") as tar:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            tar.add(file, file.relative_to(folder).as_posix())
+    return target
+
+
+def records_of(shards: ShardSet) -> list[Any]:
+    return [
+        shards.read(receipt).record(i) for receipt in shards.manifest().receipts for i in range(receipt.num_records)
+    ]
+
+
+@torch.inference_mode()
+def test_the_end_point_is_the_stock_vaes_latent_and_the_teacher_is_asked_around_it(
+    folder: Path, tmp_path: Path, micro_wan: Path
+) -> None:
+    """Stock VAE and stock transformers, fed what is stored, say what is stored."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    config = config_of(folder, micro_wan, tmp_path / "set", micro_batch=1)
+    shards = ShardSet.open(harvest_here(config))
+    (metrics,) = (config.out / RUNS).glob("*/metrics.jsonl")
+    assert json.loads(metrics.read_text().splitlines()[-1])["forwards"] == sum(answers_of(read_task(config))) == 5 * 3
+    assert shards.contract.source == "images"
+    vae = AutoencoderKLWan.from_pretrained(micro_wan / "vae", torch_dtype=torch.float32)
+    experts = [WanTransformer3DModel.from_pretrained(micro_wan / name) for name in ("transformer", "transformer_2")]
+    mean, std = (
+        np.array(getattr(vae.config, f"latents_{name}"), np.float32)[:, None, None] for name in ("mean", "std")
+    )
+    records, seen = records_of(shards), set()
+    pictures = dict(
+        pictures_of(ImagesConfig(path=folder), ["a.png", "b.jpg", "deep/c.webp", "deep/d.png", "e.bmp"], 64, 64)
+    )
+    latents = []
+    for picture in pictures.values():
+        assert picture.size == (64, 64)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        raw = vae.encode(pixels[None, :, None]).latent_dist.mode()[0, :, 0].numpy()
+        latents.append((raw - mean) / std)
+    assert len(records) == 5 and sorted(record.prompt for record in records)[-2:] == [CAPTION, CAPTION]
+    for record in records:
+        assert any(np.array_equal(record.final, latent) for latent in latents)
+        grid = contract_grid(shards.contract, int(record.key, 16))
+        for point, sigma in enumerate(record.sigmas):
+            step = int(np.flatnonzero(grid.sigmas == sigma)[0])
+            noise = renoise_noise(record.key, step, record.final.shape)
+            np.testing.assert_array_equal((1 - sigma) * record.final + sigma * noise, record.latents[point])
+            said = experts[record.expert[point]](
+                torch.from_numpy(record.latents[point])[None, :, None], torch.tensor([record.timesteps[point]]),
+                padded([record.text]), return_dict=False,
+            )[0]  # fmt: skip
+            np.testing.assert_array_equal(said[0, :, 0].numpy(), record.cond[point])
+            seen.add(int(record.expert[point]))
+    assert seen == {0, 1}
+
+
+def test_folder_manifest_and_webdataset_give_the_same_set(folder: Path, tmp_path: Path, micro_wan: Path) -> None:
+    """Names differ, contents do not: the same keys, the same bytes."""
+    wishes, summary = read_pictures(ImagesConfig(path=folder))
+    assert "5 pictures" in summary and "cut at the centre" in summary
+    by_name = sorted(wishes, key=lambda wish: wish.picture)
+    lines = [json.dumps({"file": wish.picture, "caption": wish.prompt}) for wish in by_name]
+    (folder / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tar = as_tar(folder, tmp_path / "pictures-0.tar")
+    sets = []
+    for number, path in enumerate([folder, folder / "all.jsonl", tar, tmp_path / "pictures-*.tar"]):
+        config = config_of(path, micro_wan, tmp_path / f"set{number}")
+        assert sorted((wish.prompt, wish.seed) for wish in read_pictures(config.images)[0]) == sorted(  # type: ignore[arg-type]
+            (wish.prompt, wish.seed) for wish in wishes
+        )
+        if number in (0, 2):
+            sets.append(ShardSet.open(harvest_here(config)))
+    mine, theirs = ({record.key: record.final.tobytes() for record in records_of(shards)} for shards in sets)
+    assert mine == theirs and len(mine) == 5
+
+
+def test_an_unreadable_picture_is_quarantined_by_name_and_its_neighbours_are_as_before(
+    folder: Path, tmp_path: Path, micro_wan: Path
+) -> None:
+    whole = ShardSet.open(harvest_here(config_of(folder, micro_wan, tmp_path / "whole")))
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:200])
+    (folder / "deep" / "d.png").write_bytes(b"no picture at all")
+    config = config_of(folder, micro_wan, tmp_path / "set")
+    with pytest.raises(Partial, match=r"2 records were set aside.*mend the pictures"):
+        harvest_here(config)
+    notes = [entry for path in (config.out / QUARANTINE).iterdir() for entry in json.loads(path.read_bytes())]
+    assert {note["what"] for note in notes} == {"unreadable"}
+    assert sorted(note["where"].split(":")[0] for note in notes) == ["picture b.jpg", "picture deep/d.png"]
+    held = {record.key: record for record in records_of(ShardSet.open(config.out))}
+    before = {record.key: record for record in records_of(whole)}
+    assert len(held) == 3 and held.keys() < before.keys()
+    for key, record in held.items():
+        np.testing.assert_array_equal(record.final, before[key].final)
+    state = tree(config.out)
+    assert harvest_here(config) == config.out and tree(config.out) == state  # and it is not asked for again
+    drawn(1).save(folder / "b.jpg")
+    drawn(3).save(folder / "deep" / "d.png")
+    assert all("no more" in line for line in repair(config, config.out))
+    harvest_here(config)  # mended: asked for as what they are now
+    assert {record.prompt for record in records_of(ShardSet.open(config.out))} == {
+        record.prompt for record in before.values()
+    }
+    assert ShardSet.open(config.out).manifest().num_records == 5
+
+
+def test_what_is_no_still_picture_with_a_caption_is_refused(folder: Path, tmp_path: Path, micro_wan: Path) -> None:
+    film = [drawn(number) for number in range(3)]
+    film[0].save(folder / "film.gif", save_all=True, append_images=film[1:])
+    (folder / "film.txt").write_text("a film", encoding="utf-8")
+    with pytest.raises(BadUsage, match=r"film\.gif has several frames.*images\.frame"):
+        read_pictures(ImagesConfig(path=folder))
+    seeds = {wish.seed for frame in (0, 2) for wish in read_pictures(ImagesConfig(path=folder, frame=frame))[0]}
+    assert len(seeds) == 12
+    ((_, second),) = pictures_of(ImagesConfig(path=folder, frame=2), ["film.gif"], 64, 64)
+    ((_, first),) = pictures_of(ImagesConfig(path=folder, frame=0), ["film.gif"], 64, 64)
+    ((_, beyond),) = pictures_of(ImagesConfig(path=folder, frame=3), ["film.gif"], 64, 64)
+    assert np.abs(np.array(first, int) - np.array(second, int)).mean() > 10 and "EOFError" in beyond
+    (folder / "film.gif").rename(folder / "film.mp4")
+    with pytest.raises(BadUsage, match=r"a video; found: film\.mp4"):
+        read_pictures(ImagesConfig(path=folder, frame=0))
+    (folder / "film.mp4").unlink()
+    (folder / "e.json").unlink()
+    with pytest.raises(BadUsage, match=r"1 of 5 pictures have no caption; found: e\.bmp"):
+        read_pictures(ImagesConfig(path=folder))
+    (folder / "e.txt").write_bytes(b"\xff\xfe caption")
+    with pytest.raises(BadUsage, match=r"caption of .*e\.txt cannot be read"):
+        read_pictures(ImagesConfig(path=folder))
+    (tmp_path / "torn.tar").write_bytes(as_tar(folder, tmp_path / "whole.tar").read_bytes()[:3000])
+    for path, what in [("torn.tar", "cannot be read"), ("none-*.tar", "names no file"), ("nowhere", "nothing that is"),
+                       ("none.jsonl", "names what cannot be read")]:  # fmt: skip
+        with pytest.raises(BadUsage, match=what):
+            read_pictures(ImagesConfig(path=tmp_path / path))
+    with pytest.raises(BadUsage, match="brings its own captions"):
+        config_of(folder, micro_wan, tmp_path / "set", prompts={"file": "p.txt"})
+    with pytest.raises(BadUsage, match="takes prompts alone"):
+        config_of(folder, micro_wan, tmp_path / "set", source="renoise")
+
+
+def test_transparent_turned_and_grey_pictures_are_seen_as_people_see_them(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    wide = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 64, 0).repeat(64, 1))
+    wide.convert("RGB").save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "glass.png")
+    Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "deep.png")
+    images = ImagesConfig(path=tmp_path)
+    found = dict(pictures_of(images, ["turned.jpg", "glass.png", "deep.png"], 64, 64))
+    turned = np.array(found["turned.jpg"]).astype(int)
+    assert turned[:8].mean() < 20 and turned[-8:].mean() > 235  # upright: dark above light, where it was dark beside it
+    assert np.array(found["glass.png"]).min() == 255
+    assert "more than 8 bits" in found["deep.png"]
+
+
+@torch.inference_mode()
+def test_a_large_picture_on_the_stride_16_vae_is_bounded_and_moves(tmp_path: Path) -> None:
+    """1280x704 in six tiles: no encoder call sees more than one tile, and each one is a sign of life."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(write_micro_ti2v(tmp_path / "ti2v") / "vae", torch_dtype=torch.float32)
+    pixels = torch.from_numpy(np.array(drawn(0, 1280, 704))).permute(2, 0, 1).float() / 127.5 - 1
+    beats: list[float] = []
+    sizes: list[tuple[int, ...]] = []
+    whole = vae.encode(pixels[None, :, None]).latent_dist.mode()[0, :, 0]
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    began = time.monotonic()
+    latent = encode_in_tiles(vae, pixels, 16, lambda: beats.append(time.monotonic()))
+    assert latent.shape == (48, 44, 80) and torch.isfinite(latent).all()
+    assert len(beats) == len(sizes) == 6 and time.monotonic() - began < 60
+    assert all(size[-1] * size[-2] <= (TILE // 2) ** 2 and size[2] == 1 for size in sizes)  # patches of two
+    error = (latent - whole).norm() / whole.norm()
+    assert error < 0.35  # the micro encoder attends over all it sees, so tiles differ; a shifted one differs by 1.4
+    assert encode_in_tiles(vae, pixels[:, :TILE, :TILE], 16, lambda: None).equal(
+        vae.encode(pixels[None, :, None, :TILE, :TILE]).latent_dist.mode()[0, :, 0]
+    )
+    assert OVERLAP < TILE
+
+
+def test_pictures_that_look_as_they_did_are_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until one changes, or its caption does: then that one alone is."""
+    images = ImagesConfig(path=folder)
+    before, _ = read_pictures(images)
+    read: list[str] = []
+    real = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    assert read_pictures(images)[0] == before and not {"a.png", "a.txt"} & set(read)
+    (folder / "a.txt").write_text("another caption", encoding="utf-8")
+    drawn(9).save(folder / "b.jpg")
+    read.clear()
+    after = {wish.picture: wish for wish in read_pictures(images)[0]}
+    assert {"a.png", "b.jpg"} <= set(read) and not {"e.bmp", "d.png"} & set(read)
+    assert after["a.png"].prompt == "another caption" and after["a.png"].seed == before[0].seed
+    assert after["b.jpg"].seed != before[1].seed
+
+
+def test_a_launchers_environment_does_not_hide_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """webdataset by itself refuses one shard for two nodes."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert len(read_pictures(ImagesConfig(path=as_tar(folder, tmp_path / "p.tar")))[0]) == 5
