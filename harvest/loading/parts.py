@@ -7,6 +7,7 @@ Where the identity of these very files is known (prepared, or seen before) it re
 and the last one comes behind; else all of them are read and hashed first, for the contract wants their identity.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,24 +62,27 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     known = None if config.rehash else memory.recall()
     networks = Networks(chosen, placement, dtype, arrivals)
     hashed: dict[str, Digests] = {}
-    networks.start(None if known or config.prepared else hashed)
-    digests = {part.name: _digests(part, networks, config, known, hashed) for part in chosen}
-    tokenizer = resolved.components[TOKENIZER]
-    parts = Parts(
-        device=placement.device,
-        dtype=dtype,
-        networks=networks,
-        tokenizer=load_tokenizer(tokenizer),
-        fingerprints=_fingerprints(digests, tokenizer),
-    )
-    for name in names[:2]:
-        networks.model(name)
-    _require_embeddings(networks.model(TEXT_ENCODER))
-    odd = known["odd"] if known else check(parts)
-    if known is None:
-        memory.write({"digests": digests, "odd": odd})
-    if odd:
-        log.say(f"WARNING {odd}")
+    with contextlib.ExitStack() as on_fault:
+        on_fault.callback(networks.abandon)
+        networks.start(None if known or config.prepared else hashed)
+        digests = {part.name: _digests(part, networks, config, known, hashed) for part in chosen}
+        tokenizer = resolved.components[TOKENIZER]
+        parts = Parts(
+            device=placement.device,
+            dtype=dtype,
+            networks=networks,
+            tokenizer=load_tokenizer(tokenizer),
+            fingerprints=_fingerprints(digests, tokenizer),
+        )
+        for name in names[:2]:
+            networks.model(name)
+        _require_embeddings(networks.model(TEXT_ENCODER))
+        odd = known["odd"] if known else check(parts)
+        if known is None:
+            memory.write({"digests": digests, "odd": odd})
+        if odd:
+            log.say(f"WARNING {odd}")
+        on_fault.pop_all()
     return parts
 
 

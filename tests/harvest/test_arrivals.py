@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import Corrupt, Refused
+from common.errors import Corrupt, Refused, Stopped
 from common.log import Log
 from common.watch import STACKS_NAME, Watch, read_heartbeat
 from harvest.config import TeacherConfig
@@ -25,6 +25,7 @@ from harvest.loading.networks import Networks
 from harvest.placing.places import CPU, Place, Placement
 from harvest.teacher import Fingerprints
 from harvest.teachers import load_teacher
+from tests.made import harvest_config
 
 
 class Heard(Log):
@@ -221,3 +222,35 @@ def test_a_torn_memory_costs_only_time(folder: Path, tmp_path: Path) -> None:
     assert memory.recall() == {"digests": {}} and Remembered(parts, torch.bfloat16).recall() is None
     memory._path.write_bytes(memory._path.read_bytes()[:20])
     assert memory.recall() is None
+
+
+def test_who_is_asked_to_stop_while_loading_leaves_at_once(tmp_path: Path, micro_wan: Path) -> None:
+    """What is not read yet is not read any more: of a 57 GB folder that is most of it."""
+    from harvest.loading import networks
+
+    read: list[str] = []
+    folder = shutil.copytree(micro_wan, tmp_path / "wan")
+
+    def slow(*words: Any, **named: Any) -> Any:
+        read.append(words[0].name)
+        time.sleep(0.3)
+        return real(*words, **named)
+
+    from harvest.loading import weights
+
+    real = weights.read_tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "read_tensor", slow)
+        process_began = time.monotonic()
+
+        class Stopping(Watch):
+            def moved(self, **facts: Any) -> None:
+                if time.monotonic() - process_began > 1.0:
+                    raise Stopped(wrong="stopped", found="test", mend="")
+
+        config = harvest_config(tmp_path / "set", folder)
+        with pytest.raises(Stopped), Stopping(tmp_path / "run", Log("test", quiet=True)) as watch:
+            load_teacher(config.teacher, resolve(folder, "auto"), watch, Log("test", quiet=True))
+        num_read = len(read)
+        time.sleep(1.5)
+        assert len(read) <= num_read + networks.THREADS
