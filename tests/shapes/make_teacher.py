@@ -1,6 +1,6 @@
 """The recipe of configs/teachers/shapes: a small trained teacher in the true Wan 2.2 layout.
 
-    python -m tests.shapes.make_teacher --out configs/teachers/shapes --minutes 105    # what the project ships
+    python -m tests.shapes.make_teacher --out configs/teachers/shapes --minutes 242    # what the project ships
     python -m tests.shapes.make_teacher --out out/try --work out/try-work --minutes 3  # does the recipe run at all?
 
     draw -> VAE (flat, 2D) -> latents of 24,576 scenes -> text encoder + transformer (joint) -> two experts
@@ -30,7 +30,7 @@ from tests.shapes.train_flow import BOUNDARY, SHIFT, train_expert, train_joint, 
 from tests.shapes.train_vae import encode_pool, train_decoder, train_vae, trained_vae
 
 STAGES = ("vae", "encode", "joint", "high", "low", "decoder", "assemble")
-SHARES = {"vae": 0.181, "joint": 0.330, "high": 0.120, "low": 0.337, "decoder": 0.032}
+SHARES = {"vae": 0.079, "joint": 0.144, "high": 0.265, "low": 0.388, "decoder": 0.124}
 NUM_ENCODED = 24576
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write (replaced)")
     parser.add_argument("--work", type=Path, default=Path("out/teacher"), help="where stages leave their files")
-    parser.add_argument("--minutes", type=float, default=105, help="training time in all, on one core")
+    parser.add_argument("--minutes", type=float, default=242, help="training time in all, on one core")
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
