@@ -96,7 +96,7 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
     read_checkpoint(folder)
     # What is newer was passed over as unreadable: it neither counts nor goes, it may be readable tomorrow.
     older = [path for path in checkpoints(run_dir) if path.name < folder.name]
-    for old in older[: len(older) - (keep.newest - 1)]:
+    for old in older[: max(0, len(older) - (keep.newest - 1))]:
         if not _is_milestone(old, keep.every):
             shutil.rmtree(old)
     sweep(run_dir / CHECKPOINTS, older_than_s=3600.0)

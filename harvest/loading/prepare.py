@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -43,17 +43,18 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> 
     if is_fresh(resolved, out_dir, dtype):
         log.say(f"{out_dir} is prepared already")
         return out_dir
-    # Of several workers one converts; the others wait, and find it done.
-    with claimed(out_dir / LOCK_NAME, f"the preparation of {out_dir}", waiting=True):
-        return _prepare(resolved, out_dir, dtype, log)
-
-
-def _prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> Path:
     todo = [part for part in resolved.components.values() if part.files]
-    if is_fresh(resolved, out_dir, dtype):
-        return out_dir
     sizes = {part.name: _prepared_bytes(part, dtype) for part in todo}
     _require_room(out_dir, sum(sizes.values()))
+    # Of several workers one converts; the others wait, and find it done.
+    with claimed(out_dir / LOCK_NAME, f"the preparation of {out_dir}", waiting=True):
+        if not is_fresh(resolved, out_dir, dtype):
+            _convert(todo, sizes, resolved, out_dir, dtype, log)
+    return out_dir
+
+
+def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Resolved, out_dir: Path,
+             dtype: torch.dtype, log: Log) -> None:  # fmt: skip
     log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
     told: dict[str, dict[str, Any]] = {}
     if (out_dir / MANIFEST_NAME).exists():  # it speaks of the weights that are replaced now
@@ -68,7 +69,6 @@ def _prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) ->
         log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
     manifest = {**_key(resolved, dtype), "components": told}
     write_atomic(out_dir / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
-    return out_dir
 
 
 def from_prepared(resolved: Resolved, out_dir: Path) -> Resolved:

@@ -6,16 +6,26 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+import harvest.loading.prepare as prepare_module
 from common.errors import Partial, Refused
 from common.files import TEMPORARY_PREFIX
 from common.log import Log
 from harvest.loading.folder import Resolved, resolve
 from harvest.loading.identity import tensor_digests
-from harvest.loading.prepare import MANIFEST_NAME, WEIGHTS_NAME, from_prepared, is_fresh, prepare, prepared_digests
+from harvest.loading.prepare import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    from_prepared,
+    is_fresh,
+    prepare,
+    prepared_digests,
+)
 from harvest.loading.weights import load_model
 from tests.harvest.test_loading import same_tensors, stock
 from tests.harvest.test_resume import as_file
@@ -67,7 +77,7 @@ def test_what_is_fresh_is_left_alone_and_what_is_stale_made_again(resolved: Reso
     assert not is_fresh(resolve(resolved.folder, "auto"), out, BF16)
     quietly(resolve(resolved.folder, "auto"), out)
     again = tree(out)
-    assert {name for name in before if before[name] != again[name]} == {MANIFEST_NAME}
+    assert {name for name in before if before[name] != again[name]} == {MANIFEST_NAME, LOCK_NAME}
 
 
 def test_a_torn_preparation_does_not_serve(resolved: Resolved, tmp_path: Path) -> None:
@@ -147,3 +157,39 @@ def test_a_harvest_from_prepared_weights_gives_the_same_set(tmp_path: Path, micr
     done = command("harvest", "run", as_file(config, tmp_path / "c.yaml"))
     assert done.returncode == 0 and "(prepared files)" in done.stderr
     assert tree(tmp_path / "set", without=("runs", "assets")) == tree(micro_set, without=("runs", "assets"))
+
+
+def test_a_preparation_that_broke_off_speaks_for_no_teacher(
+    resolved: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared for one teacher, then half for another of the same shapes: the first one's manifest must not stand."""
+    from tests.micro import write_micro_wan
+
+    out = quietly(resolved, tmp_path / "out")
+    other = resolve(write_micro_wan(tmp_path / "other", seed=9), "auto")
+    real, written = prepare_module.write_atomic, []
+
+    def broken(path: Path, content: object) -> None:
+        if written:
+            raise OSError("the power is gone")
+        written.append(path)
+        real(path, content)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare_module, "write_atomic", broken)
+    with pytest.raises(OSError, match="power"):
+        quietly(other, out)
+    assert written and not is_fresh(resolved, out, BF16) and not is_fresh(other, out, BF16)
+
+
+def test_workers_that_come_together_prepare_once(resolved: Resolved, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Counting(Log):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, event: str, **facts: object) -> None:
+            self.lines.append(event)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: prepare(resolved, tmp_path / "out", BF16, Counting("t", quiet=True)), range(3)))
+    assert sum(line == "prepared transformer" for line in Counting.lines) == 1
