@@ -77,7 +77,7 @@ def test_what_is_fresh_is_left_alone_and_what_is_stale_made_again(resolved: Reso
     assert not is_fresh(resolve(resolved.folder, "auto"), out, BF16)
     quietly(resolve(resolved.folder, "auto"), out)
     again = tree(out)
-    assert {name for name in before if before[name] != again[name]} == {MANIFEST_NAME, LOCK_NAME}
+    assert {name for name in before if before[name] != again[name]} - {LOCK_NAME} == {MANIFEST_NAME}
 
 
 def test_a_torn_preparation_does_not_serve(resolved: Resolved, tmp_path: Path) -> None:
