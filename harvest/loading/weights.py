@@ -82,8 +82,9 @@ def fill_model(
         filled = dict(pool.map(lambda item: (item[0], put(*item)), mapped_tensors(sources).items()))
     else:
         filled = fill(sources, dtype_of, part.name, pool, moved, put, digests)
-    model.load_state_dict(filled, strict=False, assign=True)
-    model.tie_weights() if hasattr(model, "tie_weights") else None
+    with _BUILDING:  # a module that is built meanwhile would put these parameters on meta: the context is global
+        model.load_state_dict(filled, strict=False, assign=True)
+        model.tie_weights() if hasattr(model, "tie_weights") else None
     _require_whole(part, model)
     if digests is not None:
         complete_digests(model, digests)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import BadUsage, Corrupt, Fault, Refused
 from harvest.loading.folder import Resolved, resolve
 from harvest.loading.identity import fingerprint, tensor_digests
-from harvest.loading.weights import load_model
+from harvest.loading.weights import build, load_model
 from tests.micro import write_micro_ti2v, write_micro_wan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -224,3 +225,23 @@ def test_a_name_is_found_in_the_hubs_cache(folder: Path, tmp_path: Path, monkeyp
     assert resolve(Path("Somebody/Wan-Diffusers"), "auto").folder == snapshot
     with pytest.raises(BadUsage, match="hub's cache"):
         resolve(Path("Somebody/Else"), "auto")
+
+
+def test_what_is_built_beside_a_load_leaves_its_weights_alone(tmp_path: Path, micro_wan: Path) -> None:
+    """accelerate's context patches every module of the process: another part may be built while one is filled."""
+    parts = resolve(micro_wan, "auto").components
+    done = threading.Event()
+
+    def build_on_and_on() -> None:
+        while not done.is_set():
+            build(parts["vae"])
+
+    builder = threading.Thread(target=build_on_and_on)
+    builder.start()
+    try:
+        for _ in range(30):
+            loaded = load_model(parts["transformer"], torch.float32).state_dict()
+            assert not any(tensor.is_meta for tensor in loaded.values())
+    finally:
+        done.set()
+        builder.join()
