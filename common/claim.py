@@ -12,33 +12,46 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from common.errors import Refused
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What a file system answers that cannot lock: then nobody is refused."""
+LOOK_EVERY_S = 0.5
 
 
 @contextlib.contextmanager
-def claimed(path: Path, what: str, *, waiting: bool = False) -> Iterator[None]:
-    """`what` is ours while it is entered; refused, with who holds it, when it is another's; or waited for."""
+def claimed(path: Path, what: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """`what` is ours while it is entered; refused, with who holds it, when it is another's. With `waiting` it is waited
+    for instead: that is called with the holder every LOOK_EVERY_S, and may raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise Refused(
-                wrong=f"{what} is being worked on", found=_holder(file.read()), mend="wait for it, or stop it"
-            ) from None
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
+        while not _locked(file):
+            file.seek(0)
+            holder = _holder(file.read())
+            if waiting is None:
+                raise Refused(wrong=f"{what} is being worked on", found=holder, mend="wait for it, or stop it")
+            waiting(holder)
+            time.sleep(LOOK_EVERY_S)
+        file.seek(0)
         file.truncate()
         me = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         file.write(json.dumps(me).encode())
         yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    return True
 
 
 def _holder(told: bytes) -> str:

@@ -12,10 +12,11 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
+PIECE_BYTES = 1 << 22
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Iterable[Bytes]
@@ -87,6 +88,13 @@ def append_line(path: Path, line: str) -> None:
         os.write(fd, line.encode() + b"\n")
     finally:
         os.close(fd)
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, a few at a time: content for `write_atomic` that is never whole in memory."""
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
 
 
 def sync_folder(path: Path) -> None:

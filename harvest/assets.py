@@ -3,20 +3,17 @@
 assets/vae/                the VAE as it stands in the folder (config.json, safetensors)
 assets/negative.npy        the negative text's rows
 assets/scheduler.json      the folder's own scheduler settings
+beside them: activations.safetensors (harvest/activations.py) and samples/ (harvest/samples.py)
 """
 
 import io
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from common.files import write_atomic, write_folder
+from common.files import pieces, write_atomic, write_folder
 from common.shards import ASSETS, ShardSet
 from harvest.loading.folder import Resolved
 from harvest.teacher import Teacher
-
-COPY_BYTES = 1 << 22
 
 
 def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:
@@ -25,7 +22,7 @@ def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None
     if not (folder / "vae").exists():
         vae = resolved.components["vae"]
         paths = [resolved.folder / "vae" / "config.json", *vae.files]
-        write_folder(folder / "vae", {path.name: _pieces(path) for path in paths})
+        write_folder(folder / "vae", {path.name: pieces(path) for path in paths})
     if not (folder / "negative.npy").exists():
         rows = teacher.encode([shards.contract.negative_prompt])[0].numpy().astype(shards.contract.storage_dtype)
         buffer = io.BytesIO()
@@ -33,9 +30,3 @@ def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None
         write_atomic(folder / "negative.npy", buffer.getvalue())
     if not (folder / "scheduler.json").exists():
         write_atomic(folder / "scheduler.json", (resolved.folder / "scheduler" / "scheduler_config.json").read_bytes())
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(COPY_BYTES):
-            yield piece

@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from common.config import load_config
-from common.errors import BadUsage
-from common.files import write_atomic, write_folder
+from common.errors import BadUsage, Refused
+from common.files import pieces, write_atomic, write_folder
 from common.record import Contract
 from common.shards import ASSETS, ShardSet
 from common.wan_names import original_name
@@ -36,8 +36,8 @@ from train.student.network import StudentConfig, save_student
 
 Form = Literal["diffusers", "comfyui", "wanlite"]
 TEXT_PARTS = ("text_encoder", "tokenizer")
+VAE_CLASS = "AutoencoderKLWan"
 COMFY_HEAD_DIM, COMFY_FREQ_DIM = 128, 256
-COPY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,7 @@ def export(source: Path, out: Path, *, form: Form, averaged: bool = True, text_e
         named = {original_name(name): tensor for name, tensor in with_time(finished.weights).items()}
         write_atomic(out, save(named, metadata={"format": "pt", **finished.provenance}))
     else:
+        _refuse_what_wan_pipeline_cannot_open(finished)
         _write_pipeline(finished, out, text_encoder, copy=copy)
 
 
@@ -122,7 +123,7 @@ def _write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *,
         **classes,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        "vae": ["diffusers", VAE_CLASS],
     }
     few = finished.objective.spans is not None  # the card says how to walk them: the shift is in the levels already
     scheduler = {
@@ -162,6 +163,16 @@ def _text_classes(text_encoder: Path | None) -> dict[str, Any]:
         ) from None
 
 
+def _refuse_what_wan_pipeline_cannot_open(finished: Finished) -> None:
+    config = json.loads((finished.assets_dir / "vae" / "config.json").read_text(encoding="utf-8"))
+    if config.get("_class_name") != VAE_CLASS:
+        raise Refused(
+            wrong=f"WanPipeline opens latents of {VAE_CLASS} only",
+            found=f"a set of {finished.contract.teacher} with {config.get('_class_name')}",
+            mend="export --format wanlite",
+        )
+
+
 def _vae_files(vae_dir: Path) -> Iterator[tuple[str, Iterator[bytes] | bytes]]:
     """Under plain names: a pipeline is opened with one variant for all of its parts."""
     for path in sorted(vae_dir.iterdir()):
@@ -169,13 +180,7 @@ def _vae_files(vae_dir: Path) -> Iterator[tuple[str, Iterator[bytes] | bytes]]:
         if path.suffix == ".json":
             yield name, path.read_text(encoding="utf-8").replace(".fp16", "").encode()
         else:
-            yield name, _pieces(path)
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(COPY_BYTES):
-            yield piece
+            yield name, pieces(path)
 
 
 def _refuse_what_comfyui_cannot_open(student: StudentConfig) -> None:

@@ -160,6 +160,7 @@ class Run:
                 with stage("step"), explained(state, batch_size=batch_size, world=self.world):
                     taken = stepper.take(step)
                     asked = tally.add(taken, step, stop.asked)
+                saver.require_sound()
                 watch.moved(step=state.step, samples_seen=state.samples_seen)
                 if taken.skipped:
                     self._say_skipped(log, step, taken)

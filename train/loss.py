@@ -1,7 +1,7 @@
 """How far off a student's answers are, sample by sample and by noise level.
 
-    per_sample = error_of(student, objective.ask(micro), micro)          [B]: mean squared error of the velocity
-    loss = (weights_of(levels, shares) * per_sample).mean()
+    per_sample = error_of(student, objective.ask(micro), micro)          [B]: squared error of the velocity
+    weights = level_weights(shares, contract, spans)                     [NUM_LEVELS]: a sample's weight
 
 What is asked is train/objective.py's. Noise levels are the NUM_LEVELS equal parts of sigma.
 """

@@ -8,6 +8,7 @@ Safetensors and JSON only. state.json holds size and crc32c of each file, and of
 match is passed over and said so. An older checkpoint is removed only after the newer one was read back.
 """
 
+import errno
 import json
 import shutil
 import threading
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import Corrupt, Refused
+from common.errors import Corrupt, Partial, Refused
 from common.extents import crc32c
 from common.files import sweep, write_folder
 from common.log import Log
@@ -32,6 +33,8 @@ from train.student.network import WanLite
 
 SEAL = "crc32c"
 """Of state.json's other entries."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,6 +122,11 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(snapshot, copied_s), name="save")
         self._thread.start()
 
+    def require_sound(self) -> None:
+        """A save that failed is not found out at the next one, a night later."""
+        if self._error is not None:
+            self.finish()
+
     def finish(self) -> None:
         """Wait for what is being written; what went wrong is raised here."""
         if self._thread is not None:
@@ -132,11 +140,22 @@ class Saver:
         began = time.monotonic()
         try:
             folder = write_checkpoint(self._run_dir, snapshot, self._keep)
+        except OSError as error:
+            self._error = _told(error, self._run_dir) if error.errno in FULL else error
+            return
         except BaseException as error:  # raised in the loop's thread
             self._error = error
             return
         spent = f"{time.monotonic() - began:.2f}"
         self._log.say(f"checkpoint {folder.name}", held_up=f"{copied_s:.2f}s", written_in=f"{spent}s")
+
+
+def _told(error: OSError, run_dir: Path) -> Partial:
+    return Partial(
+        wrong="there is no space left for a checkpoint",
+        found=f"{error.strerror} in {run_dir}; the checkpoints before it are whole",
+        mend="make room and run the same command again, or keep fewer (keep_checkpoints)",
+    )
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -15,11 +15,9 @@ from typing import Protocol
 import google_crc32c
 
 from common.errors import Corrupt, Refused
-from common.files import write_atomic
+from common.files import pieces, write_atomic
 from common.manifest import Receipt
 from common.shards import ASSETS, CONTRACT_NAME, MOVED, RECEIPTS, SHARDS
-
-PIECE_BYTES = 1 << 22
 
 
 class Place(Protocol):
@@ -30,7 +28,7 @@ class Place(Protocol):
 
     def read(self, name: str) -> Iterator[bytes]: ...
 
-    def write(self, name: str, pieces: Iterator[bytes]) -> None:
+    def write(self, name: str, content: Iterator[bytes]) -> None:
         """Whole or not at all."""
 
     def size(self, name: str) -> int | None: ...
@@ -49,12 +47,10 @@ class LocalPlace:
         return sorted(str(path.relative_to(self.root)) for path in files if not path.name.startswith("."))
 
     def read(self, name: str) -> Iterator[bytes]:
-        with open(self.root / name, "rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                yield piece
+        return pieces(self.root / name)
 
-    def write(self, name: str, pieces: Iterator[bytes]) -> None:
-        write_atomic(self.root / name, pieces)
+    def write(self, name: str, content: Iterator[bytes]) -> None:
+        write_atomic(self.root / name, content)
 
     def size(self, name: str) -> int | None:
         path = self.root / name
@@ -109,6 +105,7 @@ def _free(source: Place, target: Place, receipt: Receipt, name: str, keys: tuple
     """Only what stands whole at the target is removed here; the note comes first."""
     for part, (size, crc) in receipt.files.items():
         if _crc(target, f"{SHARDS}/{receipt.stem}{part}") != crc:
+            target.remove(name)  # without its receipt the shard is copied again
             raise Corrupt(wrong=f"{receipt.stem}{part} is damaged at the target", found=f"not {size} whole bytes",
                           mend="run the same command again")  # fmt: skip
     note = {"item": receipt.item, "digest": receipt.digest, "keys": list(keys)}

@@ -9,14 +9,13 @@ Each goes on where it was stopped: what the target holds already is not done aga
 
 import dataclasses
 import fnmatch
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.files import write_folder
+from common.files import pieces, write_atomic, write_folder
 from common.manifest import Receipt
 from common.record import Array, Contract
 from common.shard_header import PackedShard, record_of
@@ -141,7 +140,7 @@ def _target(out_dir: Path, source: ShardSet, contract: Contract) -> ShardSet:
             write_folder(out.path / ASSETS / folder.name, files)
     for path in sorted(path for path in assets.glob("*") if path.is_file()):
         if not (out.path / ASSETS / path.name).exists():
-            shutil.copyfile(path, out.path / ASSETS / path.name)
+            write_atomic(out.path / ASSETS / path.name, pieces(path))
     return out
 
 

@@ -50,7 +50,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
     if config.prepared is not None:
         watch.moved(preparing=str(config.prepared))
-        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log))
+        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log, watch.moved))
     log.say(f"teacher {config.folder} on {device_name(device)} in {dtype_name(dtype)}: {resolved.summary()}")
     chosen = [resolved.components[name] for name in names]
     arrivals = Arrivals(watch, log, {part.name: part.folder for part in chosen})

@@ -31,15 +31,16 @@ from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
 from harvest.loading.folder import Component, Resolved
 from harvest.loading.identity import THREADS, tensor_digest, tied_names
-from harvest.loading.weights import TORCH_DTYPES, build, class_of, policy_dtype, read_tensor, sources_of
+from harvest.loading.weights import TORCH_DTYPES, Moved, build, class_of, policy_dtype, read_tensor, sources_of
 
 MANIFEST_NAME, WEIGHTS_NAME, LOCK_NAME = "prepared.json", "model.safetensors", "lock.json"
 POLICY_VERSION = 1
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> Path:
-    """Convert every component that has weights; what is prepared and fresh is left alone."""
+def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, moved: Moved = lambda **_: None) -> Path:
+    """Convert every component that has weights; what is prepared and fresh is left alone. `moved` hears of every
+    tensor, and of every look at another process that converts the same; it may raise to stop."""
     if is_fresh(resolved, out_dir, dtype):
         log.say(f"{out_dir} is prepared already")
         return out_dir
@@ -47,14 +48,15 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log) -> 
     sizes = {part.name: _prepared_bytes(part, dtype) for part in todo}
     _require_room(out_dir, sum(sizes.values()))
     # Of several workers one converts; the others wait, and find it done.
-    with claimed(out_dir / LOCK_NAME, f"the preparation of {out_dir}", waiting=True):
+    what = f"the preparation of {out_dir}"
+    with claimed(out_dir / LOCK_NAME, what, waiting=lambda holder: moved(loading="prepare", waiting_for=holder)):
         if not is_fresh(resolved, out_dir, dtype):
-            _convert(todo, sizes, resolved, out_dir, dtype, log)
+            _convert(todo, sizes, resolved, out_dir, dtype, log, moved)
     return out_dir
 
 
 def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Resolved, out_dir: Path,
-             dtype: torch.dtype, log: Log) -> None:  # fmt: skip
+             dtype: torch.dtype, log: Log, moved: Moved) -> None:  # fmt: skip
     log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
     told: dict[str, dict[str, Any]] = {}
     if (out_dir / MANIFEST_NAME).exists():  # it speaks of the weights that are replaced now
@@ -63,7 +65,7 @@ def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Reso
     for part in todo:
         path = out_dir / part.name / WEIGHTS_NAME
         tensors: dict[str, str] = {}
-        write_atomic(path, _stream(part, dtype, tensors))
+        write_atomic(path, _stream(part, dtype, tensors, moved))
         sweep(path.parent, older_than_s=3600.0)
         told[part.name] = {"bytes": path.stat().st_size, "tensors": tensors}
         log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
@@ -127,7 +129,7 @@ def _prepared_bytes(part: Component, dtype: torch.dtype) -> int:
     return sum(math.prod(stored.shape) * target.itemsize for stored, target in _targets(part, dtype).values())
 
 
-def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str]) -> Iterator[memoryview | bytes]:
+def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved: Moved) -> Iterator[memoryview | bytes]:
     """The prepared file's bytes, a few tensors ahead of the disk; fills `digests` as they pass."""
     targets = _targets(part, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -142,6 +144,7 @@ def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str]) -> Ite
     reads = [partial(read_tensor, stored, target) for stored, target in targets.values()]
     for name, tensor in zip(targets, _ahead(reads), strict=True):
         digests[name] = tensor_digest(tensor)
+        moved(loading="prepare", file=f"{part.name}/{name}")
         yield tensor.view(-1).view(torch.uint8).numpy().data
 
 

@@ -2,7 +2,7 @@
 
 lanes = Lanes()
 there = lanes.send(tensor, "cuda:0")        through two pinned buffers on a side stream, one transfer at a time a GPU
-pin(tensor)                                 in place: the pages that it has, so no second copy and no rounding up
+pinned(tensor)                              a copy on pages of its own, which the driver may read by itself
 
 host tensor -> [pinned half A | pinned half B] -> GPU: one half is filled while the other is on its way
 """

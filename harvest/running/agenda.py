@@ -59,6 +59,12 @@ class Leases:
         with contextlib.suppress(OSError):
             self._path(item).unlink()
 
+    def sweep(self, shards: ShardSet) -> None:
+        """What somebody left who was killed between his commit and his release."""
+        for path in self._folder.glob("[!.]*.json"):
+            if _is_committed(path.stem, shards):
+                self.release(path.stem)
+
     def __enter__(self) -> Self:
         return self
 
@@ -105,11 +111,13 @@ def agenda(
     for item in held_by_others:
         if _is_abandoned(item, leases, wait):
             yield from _free([item], shards, leases)
+    settle()
+    leases.sweep(shards)
 
 
 def _free(items: Iterable[WorkItem], shards: ShardSet, leases: Leases) -> Iterator[WorkItem]:
     for item in items:
-        if not _is_committed(item, shards) and leases.take(item.id):
+        if not _is_committed(item.id, shards) and leases.take(item.id):
             yield item
 
 
@@ -123,6 +131,6 @@ def _is_abandoned(item: WorkItem, leases: Leases, wait: Callable[[float], None])
     return True
 
 
-def _is_committed(item: WorkItem, shards: ShardSet) -> bool:
+def _is_committed(item: str, shards: ShardSet) -> bool:
     """By now, not when the plan was made."""
-    return whole_receipt(shards.receipt_path(item.id), f"{shards.shards_dir}/") is not None
+    return whole_receipt(shards.receipt_path(item), f"{shards.shards_dir}/") is not None

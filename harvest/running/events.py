@@ -6,7 +6,6 @@ The shell gets HARVEST_EVENT (stall | quarantine | retired | done) and, in HARVE
 that fails or takes longer than its time is said, and harms nothing.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -49,10 +48,6 @@ class HarvestWatch(Watch):
         super().moved(**facts)
         if threading.current_thread() is threading.main_thread():
             self._stop.check()
-
-    def _beat(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk is for the writer to say
-            super()._beat()
 
     def _report_stall(self, silent_s: float) -> None:
         super()._report_stall(silent_s)

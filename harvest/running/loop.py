@@ -82,7 +82,7 @@ def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE,
     """Work what remains of the plan, beginning with `part`; the number of records added."""
     task = read_task(config)
     if task.is_finished:
-        say_finished(task)
+        leave_finished(task)
         return 0
     full = disk_told(config.out, lambda: _bytes_left(task))
     with full, holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
@@ -90,7 +90,8 @@ def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE,
         return _work(task, part, strict, stop, watch, log)
 
 
-def say_finished(task: Task) -> None:
+def leave_finished(task: Task) -> None:
+    Leases(task.config.out).sweep(ShardSet.open(task.config.out))
     Log("harvest").say(f"{task.plan.num_records} records asked for, none is missing in {task.config.out}")
 
 

@@ -1,7 +1,7 @@
 """When something has run out: memory or disk, said with what would help.
 
-    with memory_told(config, resolved, teacher): ...     an error of the allocator becomes a table and three mends
-    with disk_told(shards, left): ...                     ENOSPC becomes exit code 3 and the bytes that are missing
+    with memory_told(config, resolved): ...         an error of the allocator becomes a table and three mends
+    with disk_told(set_dir, num_bytes_left): ...    ENOSPC becomes exit code 3 and the bytes that are missing
 
 Nothing is changed silently: another micro-batch would be other numerics.
 """

@@ -24,7 +24,7 @@ from common.stop import StopRequest
 from harvest.config import HarvestConfig
 from harvest.placing.places import WORKERS_HERE
 from harvest.running.events import HarvestWatch, tell
-from harvest.running.loop import CONFIG_NAME, Task, holding, read_task, run_dir, say_finished, watched
+from harvest.running.loop import CONFIG_NAME, Task, holding, leave_finished, read_task, run_dir, watched
 from harvest.running.slices import Slice
 from harvest.teacher import work_of
 
@@ -101,7 +101,7 @@ def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: floa
     """Until everything is done, or nobody is left to do it."""
     task = read_task(config)
     if task.is_finished:
-        say_finished(task)
+        leave_finished(task)
         return
     count = num_workers(config)
     gpus = share_out(gpus_of(config), count)

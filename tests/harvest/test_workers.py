@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from common.errors import BadUsage, Refused, Stopped
 from common.log import Log
-from common.shards import RUNS
+from common.shards import RUNS, ShardSet
 from harvest.running.agenda import Leases
 from harvest.running.loop import harvest
 from harvest.running.slices import WHOLE, Slice, is_launched, parse_slice, see_own_gpu, slice_of
@@ -105,8 +106,6 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_place_where_workers_cannot_work_is_retired_and_said(tmp_path: Path, micro_wan: Path) -> None:
     """The weights' folder loses a file after the plan: every worker is refused, nobody tries for ever."""
-    import shutil
-
     broken = tmp_path / "teacher"
     shutil.copytree(micro_wan, broken)
     weights = next((broken / "transformer_2").glob("*.safetensors"))
@@ -133,6 +132,22 @@ def test_a_worker_that_is_done_helps_with_the_rest(tmp_path: Path, micro_wan: Pa
         sleeper.wait()
     assert harvest(config, part=Slice(rank=2, size=3)) == 4
     assert tree(config.out) == tree(micro_set)
+
+
+def test_the_lease_of_one_killed_after_his_commit_is_swept(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(micro_set, out)
+    config = harvest_config(out, micro_wan)
+    first, second, *_ = planned(config).items
+    for item in (first, second):
+        assert Leases(out).take(item.id)
+    ShardSet.open(out).receipt_path(second.id).unlink()
+    Leases(out).sweep(ShardSet.open(out))
+    assert [path.stem for path in (out / RUNS / "leases").iterdir()] == [second.id]
+    for _ in range(2):  # one works the second item, one finds nothing left
+        harvest(config)
+        assert not list((out / RUNS / "leases").iterdir())
+        assert Leases(out).take(first.id)
 
 
 def test_a_time_limit_stops_like_a_signal(tmp_path: Path, micro_wan: Path) -> None:

@@ -43,7 +43,7 @@ def test_tiles_cover_a_side_and_overlap(length: int) -> None:
     assert found[-1] == max(0, length - 24)
 
 
-def test_a_large_picture_is_near_what_the_whole_network_makes_of_it(tmp_path: object) -> None:
+def test_a_large_picture_is_near_what_the_whole_network_makes_of_it() -> None:
     """The real network, its attention over the whole picture included."""
     from tests.micro import VAE
     from train.vae.network import Vae2d, VaeConfig
@@ -61,3 +61,13 @@ def test_a_large_picture_is_near_what_the_whole_network_makes_of_it(tmp_path: ob
     assert (tiled - whole).abs().mean() < 0.05 * whole.std()
     encoded = vae.encode(whole)
     assert encoded.shape == latents.shape
+
+
+def test_tiles_of_an_encoder_begin_where_its_pixels_do() -> None:
+    """2008 pixels at stride 8: without it the second tile would begin at 492 and be laid half a latent pixel off."""
+    x = torch.arange(2008, dtype=torch.float32).expand(1, 1, 8, -1)
+
+    def halved(part: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(part, 8)
+
+    torch.testing.assert_close(in_tiles(halved, x, tile=1024, overlap=256, scale=Fraction(1, 8)), halved(x))

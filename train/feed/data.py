@@ -7,8 +7,8 @@
     order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/feed/reading.py) or by
     processes (train/feed/ring.py) -> tensors over the same memory
 
-A step's memory is used again when the step after next is asked for, so that its copy to a device may still be under
-way while the next one is worked on. Nothing is allocated after the first round but small Python objects.
+A step's memory is used again when the step after next is asked for. Nothing is allocated after the first round but
+small Python objects.
 """
 
 from collections import deque

@@ -22,7 +22,7 @@ from train.student.selection import columns_norm, rows_norm, spread
 
 Read = Callable[[str], Tensor]
 STATISTICS_NAME = "activations.safetensors"
-"""Under a set's assets: see harvest/stats.py."""
+"""Under a set's assets: see harvest/activations.py."""
 
 
 class Importance(Protocol):

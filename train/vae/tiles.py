@@ -19,8 +19,9 @@ def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overl
         return network(x)
     out: Tensor | None = None
     total = torch.zeros(1, 1, int(height * scale), int(width * scale), device=x.device)
-    for top in begins(height, tile, overlap):
-        for left in begins(width, tile, overlap):
+    unit = scale.denominator  # a tile that begins between two pixels of the output would be laid half a pixel off
+    for top in begins(height, tile, overlap, unit):
+        for left in begins(width, tile, overlap, unit):
             part = network(x[:, :, top : top + tile, left : left + tile])
             rows, columns = part.shape[2:]
             weight = (ramp(rows, int(overlap * scale))[:, None] * ramp(columns, int(overlap * scale))).to(x.device)
@@ -33,12 +34,12 @@ def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overl
     return (out / total).to(x.dtype)
 
 
-def begins(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one side: they cover it, and neighbours share at least `overlap`."""
+def begins(length: int, tile: int, overlap: int, unit: int = 1) -> list[int]:
+    """Where tiles begin along one side, at multiples of `unit`: they cover it, and neighbours share about `overlap`."""
     if length <= tile:
         return [0]
     num = -(-(length - overlap) // (tile - overlap))
-    return [round(number * (length - tile) / (num - 1)) for number in range(num)]
+    return [unit * round(number * (length - tile) / (num - 1) / unit) for number in range(num)]
 
 
 def ramp(length: int, overlap: int) -> Tensor:
