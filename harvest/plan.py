@@ -18,11 +18,12 @@ from common.errors import BadUsage
 from common.extents import CRC_BYTES
 from common.manifest import MAX_RECORDS
 from common.record import item_id, record_key
-from common.shards import MOVED, QUARANTINE, ShardSet
+from common.shards import MOVED, ShardSet
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.images import read_pictures
 from harvest.prompts import Wish, read_prompts, seed_of
+from harvest.quarantine import notes_of
 from harvest.running.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
 
@@ -81,7 +82,8 @@ class Plan:
             for key in shards.read(receipt).header.keys
         }
         moved = moved_keys(shards)
-        held |= quarantined_keys(shards) | {key for keys in moved.values() for key in keys}
+        held |= {key for keys in moved.values() for key in keys}
+        held |= {key for note in notes_of(shards.path) if note.counts(manifest, moved) for key in note.bad_keys}
         for place, index in enumerate(np.random.default_rng(ORDER_SEED).permutation(len(self.items))):
             item = self.items[index]
             if not part.holds(place) or item.id in manifest.by_item or item.id in moved:
@@ -146,12 +148,6 @@ def check_size(height: int, width: int, facts: TeacherFacts) -> None:
                 found=f"{size}, with stride {facts.latent_stride} and patch {facts.latent_patch}",
                 mend=f"take {below} or {below + unit}",
             )
-
-
-def quarantined_keys(shards: ShardSet) -> set[str]:
-    """Keys whose records were not finite: not asked again until the note is removed."""
-    folder = shards.path / QUARANTINE
-    return {entry["key"] for path in sorted(folder.glob("[!.]*.json")) for entry in json.loads(path.read_bytes())}
 
 
 def moved_keys(shards: ShardSet) -> dict[str, list[str]]:

@@ -1,6 +1,5 @@
 """`harvest status`: what a set holds and who works on it, from the set alone, without torch."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from common.log import human_bytes
 from common.shards import CONTRACT_NAME, QUARANTINE, RUNS, ShardSet
 from common.watch import read_heartbeat
+from harvest.quarantine import notes_of
 
 
 def survey(set_path: Path) -> dict[str, Any]:
@@ -17,7 +17,6 @@ def survey(set_path: Path) -> dict[str, Any]:
     shards = ShardSet.open(set_path)
     manifest = shards.manifest()
     numerics = {str(receipt.numerics) for receipt in manifest.receipts}
-    quarantine = sorted((set_path / QUARANTINE).glob("[!.]*.json"))
     return {
         "set": str(set_path),
         "teacher": shards.contract.teacher,
@@ -29,7 +28,7 @@ def survey(set_path: Path) -> dict[str, Any]:
         "bytes": manifest.num_bytes,
         "sizes": dict(Counter(f"{receipt.height}x{receipt.width}" for receipt in manifest.receipts)),
         "numerics": len(numerics),
-        "quarantined": sum(len(json.loads(path.read_bytes())) for path in quarantine),
+        "quarantined": sum(len(note.faults) for note in notes_of(set_path)),
         "runs": beats,
     }
 

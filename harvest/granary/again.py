@@ -20,6 +20,7 @@ from common.stop import StopRequest
 from harvest.config import HarvestConfig
 from harvest.meaning import make_contract, make_numerics
 from harvest.plan import Question, WorkItem
+from harvest.quarantine import notes_of
 from harvest.running.events import HarvestWatch
 from harvest.running.loop import Task, read_task, ready_teacher, watched
 from harvest.running.shortage import memory_told
@@ -85,8 +86,8 @@ def whole_batches(item: WorkItem, keys: Collection[str], micro_batch: int) -> Wo
 
 
 def walked_as(task: Task, keys: Collection[str], item_id: str) -> WorkItem:
-    """What was walked when the shard `item_id` with these keys was made: its planned item, also where some of that
-    were set aside; or these keys alone, where the others had been there before."""
+    """What was walked when the shard `item_id` with these keys was made: what a note says, where some of it were set
+    aside; its planned item; or these keys alone, where the others had been there before."""
     holders = [item for item in task.plan.items if any(question.key in keys for question in item.questions)]
     if len(holders) != 1 or not set(keys) <= {question.key for question in holders[0].questions}:
         raise Refused(
@@ -95,7 +96,8 @@ def walked_as(task: Task, keys: Collection[str], item_id: str) -> WorkItem:
             mend="give the configuration and the prompts that it was harvested with",
         )
     (holder,) = holders
-    was_sifted = (task.config.out / "quarantine" / f"{holder.id}.json").exists()
-    if holder.id == item_id or was_sifted:
+    if holder.id == item_id:
         return holder
-    return replace(holder, questions=tuple(question for question in holder.questions if question.key in keys))
+    notes = notes_of(task.config.out)
+    together = next((note.walked for note in notes if set(keys) <= set(note.walked)), keys)
+    return replace(holder, questions=tuple(question for question in holder.questions if question.key in together))

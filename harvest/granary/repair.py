@@ -5,10 +5,9 @@
 With equal numerics a shard comes back with the digest that its receipt names, byte for byte. Where it does not (other
 numerics, or hardware that erred then or errs now), it is a new generation whose receipt names what it supersedes.
 The old shard goes when the new one can take its place: killed in between, the item is not committed, and asked again.
-A record that was set aside and is sound now is committed as a shard of its own; the note keeps the others.
+A record that was set aside and is sound now is committed as a shard of its own, and leaves its note's faults.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,12 +18,12 @@ from common.files import sync_folder, write_atomic
 from common.manifest import Receipt
 from common.shard_header import pack_records
 from common.shard_reader import CONTAINERS
-from common.shards import QUARANTINE, ShardSet, make_receipt
+from common.shards import ShardSet, make_receipt
 from harvest.config import HarvestConfig
 from harvest.granary.again import Asked, asked_again, task_for, walked_as
 from harvest.granary.rebuild import rebuild
 from harvest.granary.verify import LOST_RECEIPT, verify
-from harvest.plan import WorkItem
+from harvest.quarantine import Note, notes_of
 from harvest.running.health import Health
 from harvest.running.loop import Task
 
@@ -35,7 +34,7 @@ def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
     damages = list(verify(shards))
     lost = {damage.item for damage in damages if damage.pieces == LOST_RECEIPT}
     items = sorted({damage.item for damage in damages} - lost)
-    notes = sorted((set_dir / QUARANTINE).glob("[!.]*.json"))
+    notes = [note for note in notes_of(set_dir) if note.faults]
     if items or notes:
         with asked_again(task) as asked:
             for item in items:
@@ -101,29 +100,19 @@ def _keys(shards: ShardSet, receipt: Receipt, task: Task) -> list[str]:
     return list(shards.read(receipt).header.keys)
 
 
-def _ask_once_more(asked: Asked, note: Path) -> str:
-    """What was set aside; an item's note is named after what was walked."""
-    entries = {entry["key"]: entry for entry in json.loads(note.read_bytes())}
-    if asked.pictures is not None:  # a picture that was mended is another one, and in the plan under another key
-        planned = {question.key for item in asked.task.plan.items for question in item.questions}
-        entries = {key: entry for key, entry in entries.items() if key in planned}
-        if not entries:
-            note.unlink()
-            return f"quarantine {note.stem}: its pictures are asked for no more"
+def _ask_once_more(asked: Asked, note: Note) -> str:
+    """What was set aside, walked with the neighbours that it had."""
+    planned = {question.key for item in asked.task.plan.items for question in item.questions}
+    keys = note.bad_keys & planned  # a picture that was mended is another one, and in the plan under another key
+    if not keys:
+        replace(note, faults=[]).write(asked.shards.path)
+        return f"quarantine {note.item}: what it names is asked for no more"
     health = Health(asked.shards, 1.0, asked.log)
-    item = _holder(asked.task, note.stem, set(entries))
-    walked = list(asked.records(entries, [item]))
+    item = walked_as(asked.task, keys, note.item)
+    walked = list(asked.records(keys, [item]))
     missing = [] if asked.pictures is None else asked.pictures.faults(item)
-    good, faults = health.sift(walked, [fault for fault in missing if fault["key"] in entries])
+    good, faults = health.sift(walked, [fault for fault in missing if fault["key"] in keys])
     if good:
         asked.shards.commit(good, asked.numerics, container=asked.task.config.container)
-    if faults:
-        write_atomic(note, json.dumps(faults, indent=1).encode())
-    else:
-        note.unlink()
-    return f"quarantine {note.stem}: {len(good)} of {len(entries)} records are sound now"
-
-
-def _holder(task: Task, item_id: str, keys: set[str]) -> WorkItem:
-    planned = [item for item in task.plan.items if item.id == item_id]
-    return planned[0] if planned else walked_as(task, keys, item_id)
+    replace(note, faults=faults).write(asked.shards.path)
+    return f"quarantine {note.item}: {len(good)} of {len(keys)} records are sound now"

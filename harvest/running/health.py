@@ -2,14 +2,13 @@
 
     health = Health(shards, max_share, log)
     good, faults = health.sift(records)
-    health.set_aside(item, faults)             quarantine/<item>.json names them: step, noise level, expert
+    health.set_aside(item, faults)             a note names them: step, noise level, expert
     health.complain()                          Partial, when something was set aside
 
 Not finite, constant, exploding: such a record is set aside, and not asked for again until its note is removed
 (`python -m harvest repair` does both).
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from common.errors import Partial
-from common.files import write_atomic
 from common.log import Log
-from common.record import Contract, Record
+from common.record import Contract, Record, item_id
 from common.schedule import contract_grid, expert_of, kept_steps
 from common.shards import QUARANTINE, ShardSet
 from harvest.plan import WorkItem
+from harvest.quarantine import Fault, Note, remove_note
 
-Fault = dict[str, str]
 EXPLODES_ABOVE = 100.0
 """Times the state's own size: what a teacher predicts is of the order of noise and picture."""
 UNREADABLE = "unreadable"
@@ -53,11 +51,16 @@ class Health:
         return good, faults
 
     def set_aside(self, item: WorkItem, faults: Sequence[Fault]) -> None:
-        """After the good ones are committed: killed in between, only the bad ones are asked for again."""
-        if faults:
-            write_atomic(self.folder / f"{item.id}.json", json.dumps(faults, indent=1).encode())
-            first = f"{faults[0]['key']} {faults[0]['where']}"
-            self._log.say(f"item {item.id}: {len(faults)} records quarantined", first=first)
+        """Before the good ones are committed."""
+        if not faults:
+            remove_note(self._shards.path, item.id)  # of a walk whose good ones were never committed
+            return
+        bad, walked = {fault["key"] for fault in faults}, [question.key for question in item.questions]
+        good = [key for key in walked if key not in bad]
+        note = Note(item=item.id, walked=walked, shard=item_id(good) if good else None, faults=list(faults))
+        note.write(self._shards.path)
+        first = f"{faults[0]['key']} {faults[0]['where']}"
+        self._log.say(f"item {item.id}: {len(faults)} records quarantined", first=first)
 
     @property
     def folder(self) -> Path:

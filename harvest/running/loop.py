@@ -164,9 +164,9 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
 
     def finish(item: WorkItem, records: list[Record]) -> None:
         good, faults = health.sift(records, [] if pictures is None else pictures.faults(item))
+        health.set_aside(item, faults)
         if good:
             shards.commit(good, numerics, container=config.container)
-        health.set_aside(item, faults)
         leases.release(item.id)
         progress.committed(item, len(good), len(faults))
         health.require_few()

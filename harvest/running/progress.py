@@ -5,11 +5,11 @@ with Progress(num_records, num_items, log) as progress:
     progress.committed(item, 32, 0)         from the thread that writes
 """
 
-import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from common.bar import Bar
 from common.log import Log, human_seconds
 from harvest.plan import WorkItem
 
@@ -25,11 +25,11 @@ class Progress:
         self._num_records, self._num_items, self._log = num_records, num_items, log
         self._num_done, self._num_bad, self._num_forwards = 0, 0, 0
         self._began = self._said_at = time.monotonic()
-        self._bar = _bar(num_records) if alone and sys.stderr.isatty() else None
+        self._bar = Bar(num_records, alone=alone)
 
     def moved(self, item: WorkItem) -> None:
         self._num_forwards += 1
-        if self._bar is None and time.monotonic() - self._said_at > SILENT_S:
+        if not self._bar.is_shown and time.monotonic() - self._said_at > SILENT_S:
             self._said_at = time.monotonic()
             facts = {"forwards": self._num_forwards, "added": self.num_added, "left": self._left()}
             self._log.say(f"working on item {self._num_done + 1}/{self._num_items} {item.id}", **facts)
@@ -47,8 +47,7 @@ class Progress:
             item=item.id, records=self.num_added, quarantined=self._num_bad, forwards=self._num_forwards,
             seconds=round(spent, 3),
         )  # fmt: skip
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.num_added + self._num_bad)
+        self._bar.moved(self.num_added + self._num_bad)
 
     def _left(self) -> str:
         """From the records done; before the first ones nobody knows."""
@@ -58,23 +57,10 @@ class Progress:
         return human_seconds((time.monotonic() - self._began) / done * max(self._num_records - done, 0))
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _bar(total: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True))
-    bar.add_task("records", total=total)
-    return bar
+        self._bar.__exit__(kind, error, trace)

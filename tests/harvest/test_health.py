@@ -1,7 +1,6 @@
 """What a sick teacher, a full disk or a full memory does to a run: it is said, counted, and nothing is lost."""
 
 import errno
-import json
 import threading
 import time
 from pathlib import Path
@@ -15,9 +14,10 @@ from common import files
 from common.errors import Partial, Refused
 from common.log import Log
 from common.schedule import contract_grid, expert_of, kept_steps
-from common.shards import QUARANTINE, ShardSet
+from common.shards import ShardSet
 from harvest.config import HarvestConfig
 from harvest.loading.folder import resolve
+from harvest.quarantine import notes_of
 from harvest.running.check import check
 from harvest.running.health import FEW, Health, odd_prediction, step_of
 from harvest.running.shortage import memory_told
@@ -163,7 +163,7 @@ def test_a_quarantine_note_says_what_where_and_who(tmp_path: Path) -> None:
 
     item = WorkItem(questions=(Question(key=record.key, prompt=record.prompt, seed=3),), height=64, width=64)
     health.set_aside(item, faults)
-    (entry,) = json.loads((shards.path / QUARANTINE / f"{item.id}.json").read_bytes())
+    ((entry,),) = [note.faults for note in notes_of(shards.path)]
     assert entry["key"] == record.key and entry["what"] == "not finite"
     assert entry["where"] == f"uncond[1] (t={record.timesteps[1]:.1f}, expert {record.expert[1]})"
     assert entry["step"] == f"{_kept(record.key, shards)[1]} of 8"

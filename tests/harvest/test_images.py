@@ -13,12 +13,13 @@ from PIL import Image
 
 from common.errors import BadUsage, Partial
 from common.schedule import contract_grid, renoise_noise
-from common.shards import QUARANTINE, RUNS, ShardSet
+from common.shards import RUNS, ShardSet
 from harvest.config import HarvestConfig, ImagesConfig
 from harvest.granary.repair import repair
 from harvest.images import pictures_of, read_pictures
 from harvest.latents import OVERLAP, TILE, encode_in_tiles
 from harvest.plan_report import answers_of
+from harvest.quarantine import notes_of
 from harvest.running.loop import read_task
 from tests.harvest.test_oracle import padded
 from tests.made import harvest_config, harvest_here, tree
@@ -143,7 +144,7 @@ def test_an_unreadable_picture_is_quarantined_by_name_and_its_neighbours_are_as_
     config = config_of(folder, micro_wan, tmp_path / "set")
     with pytest.raises(Partial, match=r"2 records were set aside.*mend the pictures"):
         harvest_here(config)
-    notes = [entry for path in (config.out / QUARANTINE).iterdir() for entry in json.loads(path.read_bytes())]
+    notes = [fault for note in notes_of(config.out) for fault in note.faults]
     assert {note["what"] for note in notes} == {"unreadable"}
     assert sorted(note["where"].split(":")[0] for note in notes) == ["picture b.jpg", "picture deep/d.png"]
     held = {record.key: record for record in records_of(ShardSet.open(config.out))}

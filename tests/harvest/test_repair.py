@@ -1,6 +1,5 @@
 """A set with damage in it, and the teacher asked again: the same bytes, or it is said."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,14 +9,17 @@ import numpy as np
 import pytest
 
 from common.errors import Corrupt
-from common.shards import QUARANTINE, ShardSet
+from common.record import item_id
+from common.shards import ShardSet
 from harvest.config import HarvestConfig
 from harvest.granary.look import describe, find, picture
 from harvest.granary.recompute import recompute
 from harvest.granary.repair import repair
 from harvest.granary.verify import verify
+from harvest.quarantine import Note
+from harvest.status import survey
 from tests.harvest.test_resume import as_file
-from tests.made import command, harvest_config, tree
+from tests.made import command, harvest_config, planned, tree
 
 
 @pytest.fixture
@@ -74,12 +76,27 @@ def test_what_was_set_aside_is_asked_again(config: HarvestConfig, copied: Path, 
     shards.receipt_path(receipt.item).unlink()
     shutil.rmtree(shards.shards_dir / f"{receipt.stem}.zarr")
     shards.commit_packed(take(packed, [1, 2, 3], shards.contract), "zarr")  # type: ignore[arg-type]
-    note = {"key": packed.header.keys[0], "what": "not finite", "where": "cond[0]"}
-    (copied / QUARANTINE).mkdir()
-    (copied / QUARANTINE / f"{receipt.item}.json").write_text(json.dumps([note]))
+    keys = list(packed.header.keys)
+    fault = {"key": keys[0], "what": "not finite", "where": "cond[0]"}
+    Note(item=receipt.item, walked=keys, shard=item_id(keys[1:]), faults=[fault]).write(copied)
     assert list(repair(config, copied)) == [f"quarantine {receipt.item}: 1 of 1 records are sound now"]
-    assert not list((copied / QUARANTINE).iterdir())
+    assert list(repair(config, copied)) == ["nothing is damaged, nothing is quarantined"]
+    assert survey(copied)["quarantined"] == 0
     assert digests(copied) == digests(micro_set)
+    # What was walked together is still known: the same bits, where other neighbours would give others.
+    assert bitwise_and_close(*recompute(config, copied, 1.0)) == (24, 0)
+
+
+def test_a_note_counts_once_the_good_ones_are_committed(config: HarvestConfig, copied: Path) -> None:
+    """Killed between the two, the whole item is walked again, as if never before."""
+    shards = ShardSet.open(copied)
+    receipt = shards.manifest().receipts[0]
+    keys = list(shards.read(receipt).header.keys)
+    shards.receipt_path(receipt.item).unlink()
+    fault = {"key": keys[0], "what": "not finite", "where": "cond[0]"}
+    for good, left in (keys[1:], [4]), ([], [3]):  # all of it; all but what nobody can compute
+        Note(item=receipt.item, walked=keys, shard=item_id(good) if good else None, faults=[fault]).write(copied)
+        assert [len(item.questions) for item in planned(config).remaining(ShardSet.open(copied))] == left
 
 
 def digests(set_dir: Path) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""What was set aside: records that must not enter a shard, with what is wrong and where.
+
+    Note(item=..., walked=keys, shard=..., faults=faults).write(set_dir)
+    for note in notes_of(set_dir): note.faults ...
+
+quarantine/<item>.json: {"walked": [key], "shard": item or null, "faults": [{key, what, where, step}]}
+
+A note is written before the good records of the same walk are committed, as `shard`, and counts once they are: killed
+in between, all are walked again together. Mended records leave its faults, the note stays: a record is a function of
+its micro-batch, and who asks for one again must know what was walked with it.
+"""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.files import write_atomic
+from common.manifest import Manifest
+from common.shards import QUARANTINE
+
+Fault = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    item: str
+    """What was walked, and the name of the file."""
+    walked: list[str]
+    """Keys, in their order."""
+    shard: str | None
+    """The item under which the good ones are committed."""
+    faults: list[Fault]
+
+    @property
+    def bad_keys(self) -> set[str]:
+        return {fault["key"] for fault in self.faults}
+
+    def counts(self, manifest: Manifest, moved: Collection[str]) -> bool:
+        return self.shard is None or self.shard in manifest.by_item or self.shard in moved
+
+    def write(self, set_dir: Path) -> None:
+        values = asdict(self)
+        del values["item"]
+        write_atomic(set_dir / QUARANTINE / f"{self.item}.json", json.dumps(values, indent=1).encode())
+
+
+def notes_of(set_dir: Path) -> list[Note]:
+    return [
+        Note(item=path.stem, **json.loads(path.read_bytes()))
+        for path in sorted((set_dir / QUARANTINE).glob("[!.]*.json"))
+    ]
+
+
+def remove_note(set_dir: Path, item: str) -> None:
+    (set_dir / QUARANTINE / f"{item}.json").unlink(missing_ok=True)
