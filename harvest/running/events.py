@@ -46,6 +46,9 @@ class HarvestWatch(Watch):
 
     def moved(self, **facts: Any) -> None:
         super().moved(**facts)
+        self.heed()
+
+    def heed(self) -> None:
         if threading.current_thread() is threading.main_thread():
             self._stop.check()
 

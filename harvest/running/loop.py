@@ -95,9 +95,9 @@ def leave_finished(task: Task) -> None:
     Log("harvest").say(f"{task.plan.num_records} records asked for, none is missing in {task.config.out}")
 
 
-def run_dir(config: HarvestConfig) -> Path:
-    """Of this process."""
-    return config.out / RUNS / f"{socket.gethostname()}-{os.getpid()}"
+def run_dir(config: HarvestConfig, pid: int | None = None) -> Path:
+    """Of this process, or of another one of this host."""
+    return config.out / RUNS / f"{socket.gethostname()}-{pid or os.getpid()}"
 
 
 def holding(config: HarvestConfig, part: Slice) -> contextlib.AbstractContextManager[None]:

@@ -4,10 +4,12 @@
 
 Each is a process of its own (`python -m harvest run` with its share of the plan); they need nothing of each other. One
 that dies is started again after a while; a place (a GPU) where workers died MAX_FAULTS times is retired, and the others
-do its work. A fault that a restart cannot mend (exit codes 2 to 5) retires its place at once. If the supervisor dies,
-however it does, the system ends its workers.
+do its work. One that hangs, stalled or without a heartbeat for twice deadline_s, is killed, and has died so. A fault
+that a restart cannot mend (exit codes 2 to 5) retires its place at once. If the supervisor dies, however it does, the
+system ends its workers.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -21,6 +23,7 @@ from pathlib import Path
 from common.errors import BadUsage, Corrupt, Fault, Partial, Refused, Stopped
 from common.log import Log
 from common.stop import StopRequest
+from common.watch import read_heartbeat
 from harvest.config import HarvestConfig
 from harvest.placing.places import WORKERS_HERE
 from harvest.running.events import HarvestWatch, tell
@@ -31,8 +34,10 @@ from harvest.teacher import work_of
 MAX_FAULTS = 3
 FORGIVEN_AFTER_S = 3600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-LOOK_EVERY_S = 0.1
-STOPPED_WITHIN_S = 30.0
+LOOK_EVERY_S, LISTEN_EVERY_S = 0.1, 2.0
+STOPPED_WITHIN_S, KILLED_WITHIN_S = 30.0, 10.0
+BEATS_WITHIN_S = 300.0
+"""A new worker: it imports torch first, maybe from a network."""
 PR_SET_PDEATHSIG = 1
 ON_ONE_GPU = ("auto", "replicate", "swap", "stream", "gpu0", "cpu")
 MENDLESS = (BadUsage.exit_code, Refused.exit_code, Corrupt.exit_code)
@@ -53,6 +58,8 @@ class Place:
     """How its last worker ended."""
     start_at: float = 0.0
     """Not before this."""
+    lively_at: float = 0.0
+    """When its worker was last heard to move."""
     done: bool = False
     retired: bool = False
 
@@ -120,14 +127,18 @@ def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: floa
 
 def _watch_over(places: Sequence[Place], task: Task, stop: StopRequest, watch: HarvestWatch, log: Log,
                 options: Sequence[str]) -> None:  # fmt: skip
-    config_path = run_dir(task.config) / CONFIG_NAME
+    config_path, listen_at = run_dir(task.config) / CONFIG_NAME, 0.0
     while any(place.is_wanted for place in places):
         stop.check()
         for place in places:
             if place.process is None and place.is_wanted and time.monotonic() > place.start_at:
-                place.process = _start(place, config_path, options)
+                place.process, place.lively_at = _start(place, config_path, options), time.monotonic()
             elif place.process is not None and place.process.poll() is not None:
                 _ended(place, places, task.config, log)
+        if time.monotonic() > listen_at:
+            listen_at = time.monotonic() + LISTEN_EVERY_S
+            for place in places:
+                _listen(place, task.config, log)
         watch.moved(workers=sum(place.process is not None for place in places))
         time.sleep(LOOK_EVERY_S)
 
@@ -137,6 +148,20 @@ def _start(place: Place, config_path: Path, options: Sequence[str]) -> subproces
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu else {})
     environment[WORKERS_HERE[0]] = str(place.sharers)
     return subprocess.Popen([*words, "--child-of", str(os.getpid())], env=environment, stdin=subprocess.DEVNULL)
+
+
+def _listen(place: Place, config: HarvestConfig, log: Log) -> None:
+    """Kill a worker that hangs: what its own watch reported a deadline ago still stands, or even that is silent."""
+    if place.process is None:
+        return
+    now, beat = time.monotonic(), read_heartbeat(run_dir(config, place.process.pid))
+    if beat is not None and not beat["state"].startswith("stalled") and time.time() - beat["time"] < config.deadline_s:
+        place.lively_at = now
+    silent_s = now - place.lively_at
+    if silent_s > (max(config.deadline_s, BEATS_WITHIN_S) if beat is None else config.deadline_s):
+        log.say(f"{place} hangs in '{beat['stage'] if beat else 'start'}' and is killed", silent_s=round(silent_s))
+        place.process.kill()
+        place.lively_at = now
 
 
 def _ended(place: Place, places: Sequence[Place], config: HarvestConfig, log: Log) -> None:
@@ -189,7 +214,8 @@ def _end_all(places: Sequence[Place]) -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot even be killed
+                process.wait(KILLED_WITHIN_S)
 
 
 def die_with(parent: int) -> None:

@@ -104,6 +104,18 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:
+    """Stopped by a signal that it cannot see: no heartbeat, no end of its own."""
+    config = harvest_config(tmp_path / "set", micro_wan, workers=2, deadline_s=6)
+    supervisor = started("harvest", "run", as_file(config, tmp_path / "c.yaml"))
+    until(lambda: worker_at_work(config.out, "1/2"))
+    os.kill(worker_at_work(config.out, "1/2") or 0, signal.SIGSTOP)
+    assert supervisor.wait(timeout=100) == 0
+    assert tree(config.out) == tree(micro_set)
+    logs = "\n".join(path.read_text() for path in (config.out / RUNS).glob("*/log.txt"))
+    assert "worker 1/2 hangs in" in logs and "worker 1/2 ended by SIGKILL" in logs
+
+
 def test_a_place_where_workers_cannot_work_is_retired_and_said(tmp_path: Path, micro_wan: Path) -> None:
     """The weights' folder loses a file after the plan: every worker is refused, nobody tries for ever."""
     broken = tmp_path / "teacher"
