@@ -11,6 +11,7 @@ from tests.bench.costs import allocated_per_step, open_many
 from tests.bench.report import goals, made_points, make_readers, ours
 from tests.bench.rounds import BATCH, measure, table
 from tests.bench.store import FeedReader
+from tests.bench.training import beside_memory, checkpointing
 
 # webdataset leaves its tar files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -60,3 +61,19 @@ def test_the_table_names_every_reader_and_the_goals_are_judged(tmp_path: Path, m
         "20 receipts open, peak",
     ):
         assert any(words in line for line in lines), words
+
+
+def test_a_training_is_measured_beside_itself_fed_from_memory(
+    tmp_path: Path, micro_set: Path, micro_init: Path
+) -> None:
+    lines = list(beside_memory(tmp_path / "run", micro_set, micro_init, steps=40, rounds=1))
+    assert "40 steps of 32" in lines[0]
+    assert all(line.startswith(("holds ", "MISSES ")) for line in lines[1:3]) and "1 rounds" in lines[2]
+    assert "resident bytes" in lines[3]
+
+
+def test_a_steps_memory_is_what_its_pictures_size_makes_it(micro_set: Path, micro_init: Path) -> None:
+    header, rule, *rows = checkpointing(micro_init, micro_set, (512,))
+    assert header.count("|") == rule.count("|") == rows[0].count("|")
+    kept, again = (float(row.split("|")[4].split()[0]) for row in rows)
+    assert all(row.split("|")[4].split()[1] == "MB" for row in rows) and again < 0.8 * kept, "computed again, not kept"

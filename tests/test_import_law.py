@@ -10,8 +10,12 @@ import pytest
 from tests.made import ROOT, command
 
 ALLOWED = {"common": {"common"}, "harvest": {"common", "harvest"}, "train": {"common", "train"}}
-FORBIDDEN = {"common": {"torch", "diffusers", "transformers"}, "train": {"diffusers", "transformers", "webdataset"}}
-ALL_THE_SAME = {"texts.py": {"transformers"}}  # `train sample --text-encoder`
+FORBIDDEN = {
+    "common": {"torch", "diffusers", "transformers", "peft"},
+    "harvest": {"peft"},
+    "train": {"diffusers", "transformers", "webdataset", "peft"},
+}
+ALL_THE_SAME = {"texts.py": {"transformers"}, "lora.py": {"peft"}}  # `train sample --text-encoder`, `lora: {...}`
 FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
 MAX_LINES = 260
 

@@ -181,7 +181,7 @@ def test_stock_pipeline_loads_every_weight(teacher):
             assert torch.isfinite(parameter).all(), name
     shared = teacher.text_encoder.shared.weight
     assert shared.abs().sum() > 0 and teacher.text_encoder.encoder.embed_tokens.weight is shared
-    assert teacher.config.boundary_ratio == 0.875
+    assert teacher.config.boundary_ratio == 0.8
 
 
 def test_teacher_draws_held_out_captions(teacher):

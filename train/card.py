@@ -12,10 +12,8 @@ from train.student.config import StudentConfig
 PACKAGE = "wan-lite"
 
 
-def card(student: StudentConfig, contract: Contract, objective: Objective, provenance: Mapping[str, str], *,
-         has_text_encoder: bool) -> str:  # fmt: skip
-    """Markdown, with the front matter that model hubs read."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+def card(student: StudentConfig, contract: Contract, use: str, provenance: Mapping[str, str]) -> str:
+    """Markdown, with the front matter that model hubs read; `use` is one of the next two."""
     return f"""---
 license: {provenance["license"]}
 pipeline_tag: text-to-image
@@ -27,15 +25,53 @@ tags: [wan-lite, distilled]
 A 2D, image-only transformer of {student.num_layers} blocks and {student.width} channels, distilled from what a
 {contract.teacher} said. Latents of {contract.latent_channels} channels, stride {contract.latent_stride}.
 
-{_how_to_draw(objective, has_text_encoder=has_text_encoder)}
+{use}
 
-| provenance | |
-|---|---|
-{rows}
+{_table(provenance)}
 """
 
 
-def _how_to_draw(objective: Objective, *, has_text_encoder: bool) -> str:
+def adapter_card(provenance: Mapping[str, str]) -> str:
+    """Of low-rank adapters: nothing without the weights that they were trained beside."""
+    return f"""---
+license: {provenance["license"]}
+library_name: peft
+tags: [wan-lite, distilled, lora]
+---
+
+# Adapters of a Wan-Lite student
+
+They belong beside the init whose model.safetensors has the sha256 below:
+
+```python
+from pathlib import Path
+from peft import PeftModel
+from train.student.network import load_student
+
+student = PeftModel.from_pretrained(load_student(Path("the init")), "this folder")
+```
+
+{_table(provenance)}
+"""
+
+
+def _table(provenance: Mapping[str, str]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+    return f"| provenance | |\n|---|---|\n{rows}"
+
+
+def plain_use(student: StudentConfig) -> str:
+    told = ", guidance" if student.guidance_embeds else ""
+    return f"""```python
+from pathlib import Path
+from train.student.network import load_student
+
+student = load_student(Path("this folder")).eval()
+velocity = student(latents, timesteps, text, lengths{told})     # see train/student/network.py
+```"""
+
+
+def pipeline_use(objective: Objective, *, has_text_encoder: bool) -> str:
     walk = objective.grid(None)
     parts = "" if has_text_encoder else ", text_encoder=..., tokenizer=..."
     lines = ["from diffusers import WanPipeline", "", f'pipe = WanPipeline.from_pretrained("this folder"{parts})']

@@ -18,7 +18,8 @@ from train.config import TrainConfig
 from train.dist import World
 from train.loop import set_up
 from train.optim import gather_optimizer
-from train.state import Keep, Saver
+from train.saver import Saver
+from train.state import Keep
 from train.step import Stepper
 
 

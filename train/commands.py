@@ -13,10 +13,16 @@ from common.config import load_config
 from common.environment import prepare_environment
 from common.errors import BadUsage
 from train.config import TrainConfig
+from train.extras import require_extras
 
 path = click.Path(path_type=Path)
 steps_option = click.option("--steps", type=click.IntRange(min=1),
                             help="Of the solver; else as many as its teacher took, or its segments.")  # fmt: skip
+
+device_option = click.option("--device", "device_name", metavar="cpu|cuda|cuda:N",
+                             help="Else the GPU where there is one.")  # fmt: skip
+guidance_option = click.option("--guidance", type=float, metavar="W",
+                               help="For a student that is told the guidance; else the set's own.")  # fmt: skip
 
 overrides_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                                 help="Lay a value over the file's.")  # fmt: skip
@@ -33,6 +39,7 @@ def run(config_path: Path, overrides: tuple[str, ...], time_limit: float | None,
     """Train what CONFIG asks for. The same command again goes on where it stopped."""
     config = load_config(TrainConfig, config_path, overrides=overrides)
     prepare_environment()
+    require_extras(config)
     from train.launch import adopt_srun, processes_to_start, start_processes
 
     adopt_srun(os.environ)
@@ -109,24 +116,29 @@ def init(teacher: Path | None, student_path: Path, out: Path, set_path: Path | N
 @click.option("--prompt", "prompts", multiple=True, help="Any words, with --text-encoder; once for each picture.")
 @click.option("--text-encoder", type=path, help="The teacher's folder: its text encoder and tokenizer are loaded.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise, with --prompt.")
+@guidance_option
+@device_option
 def sample(run_dir: Path, out: Path, num: int, steps: int | None, prompts: tuple[str, ...], text_encoder: Path | None,
-           seed: int) -> None:  # fmt: skip
+           seed: int, guidance: float | None, device_name: str | None) -> None:  # fmt: skip
     """Pictures by RUN's student above the teacher's own, from the same noise; or of your own words."""
     if bool(prompts) != (text_encoder is not None):
         raise BadUsage(wrong="--prompt and --text-encoder go together", found="one of them",
                        mend="give both, or neither: then the set's own prompts are drawn")  # fmt: skip
     prepare_environment()
-    if text_encoder is not None:
-        from train.sample import beside
-        from train.texts import draw_words
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside(draw_words(run_dir, prompts, text_encoder, seed=seed, steps=steps)).save(out, format="PNG")
-        click.echo(f"{out}: {len(prompts)} pictures")
-        return
+    from train.dist import device_of
+    from train.sample import beside
     from train.sample import sample as draw_sheet
 
-    sheet = draw_sheet(run_dir, num=num, steps=steps)
+    device = device_of(device_name)
+    if text_encoder is not None:
+        from train.texts import draw_words
+
+        drawn = draw_words(run_dir, prompts, text_encoder, seed=seed, steps=steps, device=device, guidance=guidance)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside(drawn).save(out, format="PNG")
+        click.echo(f"{out}: {len(prompts)} pictures")
+        return
+    sheet = draw_sheet(run_dir, num=num, steps=steps, device=device, guidance=guidance)
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, format="PNG")
     click.echo(f"{out}: {num} pairs, the student's above its teacher's")
@@ -138,14 +150,17 @@ def sample(run_dir: Path, out: Path, num: int, steps: int | None, prompts: tuple
 @steps_option
 @click.option("--grader", "grader_name", metavar="MODULE:FUNCTION", help="(picture, prompt) -> its grade.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
-def evaluate(run_dir: Path, num: int, steps: int | None, grader_name: str | None, as_json: bool) -> None:
+@device_option
+def evaluate(run_dir: Path, num: int, steps: int | None, grader_name: str | None, as_json: bool,
+             device_name: str | None) -> None:  # fmt: skip
     """How far RUN's student is from its teacher, in answers and in pictures."""
     prepare_environment()
+    from train.dist import device_of
     from train.evaluate import evaluate as measure
     from train.evaluate import load_grader, report_lines
 
     grader = load_grader(grader_name) if grader_name else None
-    report = measure(run_dir, num=num, steps=steps, grader=grader)
+    report = measure(run_dir, num=num, steps=steps, grader=grader, device=device_of(device_name))
     for line in [json.dumps(report)] if as_json else report_lines(report):
         click.echo(line)
 
@@ -173,16 +188,34 @@ def status(run_dir: Path) -> None:
 @click.command()
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=path)
 @click.option("--out", required=True, type=path, help="A new folder; with comfyui a new file.")
-@click.option("--format", "form", type=click.Choice(["diffusers", "comfyui", "wanlite"]), default="diffusers",
-              show_default=True)  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["diffusers", "comfyui", "wanlite"]),
+              help="diffusers unless said.")  # fmt: skip
+@click.option("--adapter", "only_adapter", is_flag=True, help="Of a run with `lora`: its adapters, as peft opens them.")
+@guidance_option
 @click.option("--raw", is_flag=True, help="The weights themselves instead of their moving average.")
-@click.option("--text-encoder", type=path, help="A pipeline folder whose text encoder and tokenizer are linked.")
+@click.option(
+    "--text-encoder", type=path, help="A pipeline folder whose text encoder and tokenizer come along, linked."
+)
 @click.option("--copy", is_flag=True, help="Copied instead of linked.")
 @click.option("--license", "license_name", default="unknown", show_default=True, help="Said in the model card.")
-def export(source: Path, out: Path, form: Literal["diffusers", "comfyui", "wanlite"], raw: bool,
-           text_encoder: Path | None, copy: bool, license_name: str) -> None:  # fmt: skip
+def export(source: Path, out: Path, form: Literal["diffusers", "comfyui", "wanlite"] | None, only_adapter: bool,
+           guidance: float | None, raw: bool, text_encoder: Path | None, copy: bool,
+           license_name: str) -> None:  # fmt: skip
     """A student in a form that other tools open."""
+    if only_adapter and form:
+        raise BadUsage(wrong="--adapter and --format", found=f"both, --format {form}", mend="give one of them")
+    from train.export import Form
     from train.export import export as write
 
-    write(source, out, form=form, averaged=not raw, text_encoder=text_encoder, copy=copy, license_name=license_name)
-    click.echo(f"{out}: {form}")
+    chosen: Form = "adapter" if only_adapter else form or "diffusers"
+    write(
+        source,
+        out,
+        form=chosen,
+        averaged=not raw,
+        guidance=guidance,
+        text_encoder=text_encoder,
+        copy=copy,
+        license_name=license_name,
+    )
+    click.echo(f"{out}: {chosen}")

@@ -4,11 +4,56 @@ What the set says of itself (channels, text, guidance, shift) is read from it, n
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from common.config import Section
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2106.09685) beside some linear layers; nothing else is trained."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    """The adapters' answer counts alpha / rank."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Ends of layers' names, whole words of them: to_q is blocks.0.attn1.to_q and all others."""
+
+    def adapts(self, layer: str) -> bool:
+        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
+
+
+class GuidanceRange(Section):
+    """For a student that is told w."""
+
+    low: float = Field(ge=0)
+    high: float
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.high <= self.low:
+            raise ValueError(f"high must be larger than low ({self.low:g})")
+        return self
+
+
+def _kind_of_guidance(value: Any) -> str:
+    return "drawn" if isinstance(value, dict | GuidanceRange) else "fixed"
+
+
+Guidance = Annotated[
+    Annotated[tuple[float, ...], Tag("fixed")] | Annotated[GuidanceRange, Tag("drawn")],
+    Discriminator(_kind_of_guidance),
+]
 
 
 class TrainConfig(Section):
@@ -37,8 +82,9 @@ class TrainConfig(Section):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     ema_on_host: bool = False
     """The moving average in the memory of the CPU: the price is one copy of the weights a step."""
-    guidance: tuple[float, ...] | None = None
-    """w of the target uncond + w (cond - uncond), per expert; None: the set's own; 1: no guidance."""
+    guidance: Guidance | None = None
+    """w of the target uncond + w (cond - uncond), per expert; None: the set's own; 1: no guidance. {low, high}: drawn
+    for each sample, and the student is told; at one w it is a plain student again (train export --guidance)."""
     level_shares: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
     """Of the loss, for the four quarters of sigma from low to high; None: as the harvest put its points."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -51,6 +97,8 @@ class TrainConfig(Section):
     """torch.compile of the student."""
     frozen: tuple[str, ...] = ()
     """Parameters whose names begin so stay as they are."""
+    lora: Lora | None = None
+    """Wants the extra `lora`. Checkpoints hold the adapters alone: the init stays part of the run."""
     fit: Literal["exact", "auto"] = "exact"
     """auto: a batch_size that does not fit the memory is halved, at the same global batch."""
     seed: int = 0
@@ -70,6 +118,8 @@ class TrainConfig(Section):
     sample_prompts: tuple[str, ...] | None = None
     """Prompts that the set holds; None: its first held-out ones."""
     log_every: PositiveInt = 20
+    tensorboard: bool = False
+    """Events of the numbers in metrics.jsonl, under OUT/tensorboard; wants the extra `tensorboard`."""
     device: str = "auto"
     """auto: the GPUs that are visible, else the CPU; cpu | cuda | cuda:N."""
     processes: PositiveInt | None = None

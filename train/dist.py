@@ -24,6 +24,7 @@ KILOBYTES = 1 if sys.platform == "darwin" else 1024
 """In which the system tells a process's largest size."""
 
 
+HOST = torch.device("cpu")
 COLLECTIVE_S = 3600.0
 """At least: rank 0 measures and draws alone, while the others wait for it. The watch names a stall long before."""
 
@@ -98,6 +99,19 @@ class FlatGradients:
 
     def average(self) -> None:
         self._world.summed(self._buffer).div_(self._world.size)
+
+
+def device_of(name: str | None) -> torch.device:
+    """As a command was told it; None: the GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise BadUsage(wrong="--device", found=name, mend="cpu, cuda or cuda:N")
+    num = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= num:
+        raise BadUsage(wrong=f"--device {name}", found=f"{num} GPUs", mend="name another, or cpu")
+    return torch.device(name)
 
 
 @contextlib.contextmanager

@@ -19,21 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.errors import BadUsage
 from train.chosen import first_records, held_out_records, num_held_out
+from train.dist import HOST
 from train.held_out import HeldOut
 from train.sample import open_run, pairs
-from train.student.network import load_student
+from train.start import first_student
 from train.watching import NUM_HELD_OUT
 
 Grader = Callable[[np.ndarray, str], Any]
 
 
 def evaluate(run_dir: Path, *, num: int, steps: int | None, grader: Grader | None,
-             device: str = "cpu") -> dict[str, Any]:  # fmt: skip
-    trained = open_run(run_dir)
-    student = trained.student.to(device)
+             device: torch.device = HOST) -> dict[str, Any]:  # fmt: skip
+    """At the set's own guidance, whatever the student is told in training."""
+    trained = open_run(run_dir, device)
+    student = trained.student
     rows = student.config.text_max_length
     records = first_records(trained.shards, num)
     grid = trained.objective.grid(steps)
@@ -48,11 +51,11 @@ def evaluate(run_dir: Path, *, num: int, steps: int | None, grader: Grader | Non
     }
     unseen = held_out_records(trained.shards, NUM_HELD_OUT)
     if unseen:
-        held_out = HeldOut(trained.objective, unseen, text_rows=rows, device=next(student.parameters()).device)
-        first = load_student(trained.config.init).to(device).eval()
+        held_out = HeldOut(trained.objective, unseen, text_rows=rows, device=device)
+        first = first_student(trained.config).to(device).eval()
         report["held_out"] = held_out.gap(student).numbers() | {"untrained": held_out.gap(first).numbers()}
     began = time.monotonic()
-    mine, theirs = pairs(trained.shards, student, records, grid, text_rows=rows)
+    mine, theirs = pairs(trained.shards, trained.answer(None), records, grid, text_rows=rows, device=device)
     report["seconds"] = round(time.monotonic() - began, 2)
     report["psnr"] = float(np.mean([psnr(a, b) for a, b in zip(mine, theirs, strict=True)]))
     if grader is not None:

@@ -20,9 +20,10 @@ from common.record import Contract, Record
 from common.schedule import pinned_points
 from train.feed.data import Micro
 from train.feed.slots import FINAL, Spans
+from train.guidance import Answer
 from train.loss import NUM_LEVELS, error_of, levels_of
 from train.objective import Objective
-from train.sample import Answer, padded
+from train.sample import padded
 
 BATCH = 32
 

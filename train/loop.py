@@ -13,28 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.bar import Bar
 from common.claim import claimed
 from common.config import save_config
-from common.errors import BadUsage, Partial, Refused
+from common.errors import Partial
 from common.log import Log, human_seconds
-from common.record import Contract
 from common.shards import ShardSet
 from common.stop import StopRequest
 from common.watch import Watch
 from train.config import TrainConfig
 from train.dist import World
+from train.events import run_log
 from train.feed.data import Feed, Step
 from train.feed.epochs import Epochs
 from train.feed.order import Order
+from train.lora import base_digest, require_base
 from train.loss import level_weights
 from train.objective import Objective, objective_of
-from train.optim import gather_optimizer, make_optimizer
+from train.optim import gather_optimizer
 from train.out_of_memory import explained, fitted
 from train.resume import allow
 from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS
-from train.state import Keep, Saver, TrainState, restore
+from train.saver import Saver
+from train.start import new_state, open_student
+from train.state import Keep, TrainState, restore
 from train.step import Stepper, Taken, require_progress
-from train.student.network import WanLite, load_student
 from train.tally import Tally
 from train.watching import Onlooker
 
@@ -45,18 +48,18 @@ def train(config: TrainConfig, world: World, *, limit_s: float | None = None, fo
     lead = world.rank == 0
     run_dir = config.out if lead else config.out / RANKS / str(world.rank)
     claim = claimed(config.out / LOCK_NAME, f"the run {config.out}") if lead else contextlib.nullcontext()
-    with claim:
-        log = Log("train", run_dir, quiet=not lead)
-        with StopRequest(limit_s) as stop, Watch(run_dir, log) as watch:
-            log.metric(event="start", rank=world.rank, ranks=world.size, device=world.device_name)
-            with watch.stage("load", deadline_s=config.deadline_s + follow_s):
-                run = set_up(config, world, log, stop, follow_s=follow_s)
-            if lead:
-                save_config(config, config.out / CONFIG_NAME)
-                log.say(run.summary())
-            watch.running()
-            watch.moved(step=run.state.step, samples_seen=run.state.samples_seen)
-            run.loop(log, watch, stop)
+    with claim, run_log(config, run_dir, quiet=not lead) as log, StopRequest(limit_s) as stop, \
+            Watch(run_dir, log) as watch:  # fmt: skip
+        log.metric(event="start", rank=world.rank, ranks=world.size, device=world.device_name)
+        with watch.stage("load", deadline_s=config.deadline_s + follow_s):
+            run = set_up(config, world, log, stop, follow_s=follow_s)
+        if lead:
+            save_config(config, config.out / CONFIG_NAME)
+            log.say(run.summary())
+        watch.running()
+        watch.moved(step=run.state.step, samples_seen=run.state.samples_seen)
+        with Bar(run.total_steps, done=run.state.step, alone=lead) as bar:
+            run.loop(log, watch, stop, bar)
 
 
 def set_up(config: TrainConfig, world: World, log: Log, stop: StopRequest, *, follow_s: float) -> "Run":
@@ -79,46 +82,11 @@ def set_up(config: TrainConfig, world: World, log: Log, stop: StopRequest, *, fo
     if facts:
         allow(config, facts, contract=shards.contract.digest(), epoch=state.epoch,
               epoch_digest=epochs.digest(state.epoch), log=log)  # fmt: skip
+        if config.lora is not None:
+            require_base(config.init, facts["base"])
     global_batch = config.global_batch or (facts or {}).get("global_batch") or config.batch_size * world.size
     return Run(config=config, world=world, shards=shards, state=state, epochs=epochs, objective=objective,
                global_batch=global_batch, patience_s=follow_s)  # fmt: skip
-
-
-def open_student(config: TrainConfig, contract: Contract) -> WanLite:
-    """The student as `train init` left it, if it fits the set."""
-    if not (config.init / "model.safetensors").exists():
-        raise BadUsage(
-            wrong="there is no student to start from",
-            found=f"nothing in {config.init}",
-            mend=f"python -m train init --teacher DIR --student configs/students/NAME.json --out {config.init}",
-        )
-    student = load_student(config.init, gradient_checkpointing=config.gradient_checkpointing)
-    wants = {"in_channels": contract.latent_channels, "text_dim": contract.text_dim}
-    for name, number in wants.items():
-        if getattr(student.config, name) != number:
-            raise Refused(
-                wrong=f"the student does not fit the set: {name}",
-                found=f"{getattr(student.config, name)}, the set has {number}",
-                mend="make the student again from the set's own teacher",
-            )
-    for prefix in config.frozen:
-        parts = [parameter for name, parameter in student.named_parameters() if name.startswith(prefix)]
-        if not parts:
-            names = sorted({name.split(".")[0] for name, _ in student.named_parameters()})
-            raise BadUsage(wrong=f"frozen: no parameter begins with '{prefix}'", found=", ".join(names),
-                           mend="name one of these, or blocks.N")  # fmt: skip
-        for parameter in parts:
-            parameter.requires_grad_(False)
-    return student
-
-
-def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState:
-    home = torch.device("cpu") if config.ema_on_host else world.device
-    ema = {name: parameter.detach().to(home, copy=True) for name, parameter in student.named_parameters()}
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-    return TrainState(
-        student=student, ema=ema, optimizer=make_optimizer(student, config, num_ranks=world.size), scaler=scaler
-    )
 
 
 class Run:
@@ -133,17 +101,21 @@ class Run:
         self.order = Order(config.seed, epochs.freeze, state.cursor, points=points)
         self.epoch_samples = self.order.epoch_length(0)
         self.total_steps = math.ceil(config.num_epochs * self.epoch_samples / global_batch)
+        self._base = None if config.lora is None else base_digest(config.init)
         self.level_weights: Tensor | None = level_weights(config.level_shares, shards.contract, objective.spans)
         self.onlooker = Onlooker(config, shards, objective, world, steps_per_epoch=self.epoch_samples / global_batch)
 
     def summary(self) -> str:
-        millions = sum(parameter.numel() for parameter in self.state.student.parameters()) / 1e6
+        parameters = list(self.state.student.parameters())
+        millions = sum(parameter.numel() for parameter in parameters) / 1e6
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6
+        share = "" if trained == millions else f" ({trained:.3g} M of them trained)"
         return (
-            f"student of {millions:.2f} M parameters, {self.epoch_samples} samples an epoch, "
+            f"student of {millions:.2f} M parameters{share}, {self.epoch_samples} samples an epoch, "
             f"{self.total_steps} steps of {self.global_batch} on {self.world.size} x {self.world.device_name}"
         )
 
-    def loop(self, log: Log, watch: Watch, stop: StopRequest) -> None:
+    def loop(self, log: Log, watch: Watch, stop: StopRequest, bar: Bar) -> None:
         state, config = self.state, self.config
         stage = functools.partial(watch.stage, deadline_s=config.deadline_s + self.patience_s)
         tally = Tally(self.world, state)
@@ -162,6 +134,7 @@ class Run:
                     asked = tally.add(taken, step, stop.asked)
                 saver.require_sound()
                 watch.moved(step=state.step, samples_seen=state.samples_seen)
+                bar.moved(state.step)
                 if taken.skipped:
                     self._say_skipped(log, step, taken)
                 last = state.step == self.total_steps
@@ -234,4 +207,5 @@ class Run:
             "global_batch": self.global_batch,
             "total_steps": self.total_steps,
             "student": self.state.student.config.to_dict(),
+            "base": self._base,
         }

@@ -26,7 +26,8 @@ NUM_LEVELS = 4
 def error_of(student: Callable[..., Tensor], question: Question, micro: Micro) -> Tensor:
     """[B]"""
     text, lengths = micro.text.float()[micro.inverse], micro.lengths[micro.inverse]
-    answer = student(question.latents, question.timesteps, text, lengths).float()
+    told = () if question.guidance is None else (question.guidance,)
+    answer = student(question.latents, question.timesteps, text, lengths, *told).float()
     return (answer - question.target).square().mean(dim=(1, 2, 3))
 
 

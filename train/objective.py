@@ -1,10 +1,11 @@
 """What a student is asked, and what it should answer. Another objective is another class here and its name below.
 
     objective = objective_of(config, contract)      parsed, and checked against the set
-    question = objective.ask(micro)                 what the student sees, and the velocity that it should answer
+    question = objective.ask(micro, w)              what the student sees, and the velocity that it should answer
     grid = objective.grid(steps=20)                 the walk from noise to picture of a student trained so
 
-    output     the teacher's guided prediction at each stored point: a student that walks as its teacher does
+    output     the teacher's guided prediction at each stored point: a student that walks as its teacher does; with
+               guidance: {low, high} at a w that is drawn for each sample and told to the student
     segment    the mean velocity between two stored points of one record, which is all that one long step needs to know:
                a student of few steps, with the guidance inside (progressive distillation, Salimans & Ho 2202.00512,
                without its rounds, because the whole path is stored)
@@ -24,9 +25,10 @@ from torch import Tensor
 from common.errors import BadUsage, Refused
 from common.record import Contract
 from common.schedule import GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
-from train.config import TrainConfig
+from train.config import GuidanceRange, TrainConfig
 from train.feed.data import Micro
 from train.feed.slots import FINAL, Spans
+from train.guidance import Drawn
 
 GRID = "flow_match"
 """What the export's scheduler walks, too."""
@@ -36,6 +38,7 @@ class Question(NamedTuple):
     latents: Tensor  # [B, C, H, W]
     timesteps: Tensor  # [B] on 0..1000
     target: Tensor  # [B, C, H, W], a velocity
+    guidance: Tensor | None = None  # [B], what the student is told of it; None: nothing
 
 
 class Objective(Protocol):
@@ -46,7 +49,12 @@ class Objective(Protocol):
     def spans(self) -> Spans | None:
         """Which points are asked about, and which are read with them; None: all of them, each by itself."""
 
-    def ask(self, micro: Micro) -> Question: ...
+    @property
+    def drawn(self) -> Drawn | None:
+        """How w is drawn for a student that is told of it; None: it is told nothing."""
+
+    def ask(self, micro: Micro, w: Tensor | None = None) -> Question:
+        """`w` [B], drawn; None: the one of the configuration, or the set's own."""
 
     def grid(self, steps: int | None) -> Grid:
         """`steps` None: as many as suit it."""
@@ -58,18 +66,20 @@ class Output:
 
     contract: Contract
     guidance: tuple[float, ...]
+    drawn: Drawn | None = None
     spans: None = None
 
-    def ask(self, micro: Micro) -> Question:
-        guidance = torch.tensor(self.guidance, device=micro.cond.device)
-        target = guided(micro.cond.float(), micro.uncond.float(), micro.expert, guidance)
+    def ask(self, micro: Micro, w: Tensor | None = None) -> Question:
+        if w is None:
+            w = torch.tensor(self.guidance, device=micro.cond.device)[micro.expert]
+        target = guided(micro.cond.float(), micro.uncond.float(), w)
         seen, sizes = micro.latents.float(), sizes_of(self.contract, micro.timesteps)
         if self.contract.prediction != "flow":
             sigma = _column(micro.sigmas)
             scale = 1 if sizes is None else _column(sizes)
             x0, noise = to_x0_noise(self.contract.prediction, target, seen, scale * (1 - sigma), scale * sigma)
             target = noise - x0
-        return Question(in_flow_coordinates(seen, sizes), fed(micro, sizes), target)
+        return Question(in_flow_coordinates(seen, sizes), fed(micro, sizes), target, w if self.drawn else None)
 
     def grid(self, steps: int | None) -> Grid:
         return GRIDS[GRID](steps or self.contract.steps, self.contract.shift, train_steps=self.contract.train_steps)
@@ -82,8 +92,10 @@ class Segment:
     contract: Contract
     spans: Spans
     walk: Grid
+    drawn: None = None
 
-    def ask(self, micro: Micro) -> Question:
+    def ask(self, micro: Micro, w: Tensor | None = None) -> Question:
+        assert w is None, "the paths were walked with the set's own"
         assert micro.end is not None and micro.end_sigmas is not None and micro.end_timesteps is not None
         sizes = sizes_of(self.contract, micro.timesteps)
         here = in_flow_coordinates(micro.latents.float(), sizes)
@@ -109,6 +121,8 @@ def objective_of(config: TrainConfig, contract: Contract) -> Objective:
         return _segment(config, contract)
     if config.segments is not None:
         raise BadUsage(wrong="segments", found=f"{config.segments} with objective: output", mend="remove it")
+    if isinstance(config.guidance, GuidanceRange):
+        return Output(contract=contract, guidance=contract.guidance, drawn=_drawn(config, config.guidance, contract))
     guidance = config.guidance or contract.guidance
     if len(guidance) != len(contract.guidance):
         raise BadUsage(
@@ -119,11 +133,21 @@ def objective_of(config: TrainConfig, contract: Contract) -> Objective:
     return Output(contract=contract, guidance=guidance)
 
 
+def _drawn(config: TrainConfig, asked: GuidanceRange, contract: Contract) -> Drawn:
+    if not all(asked.low <= w <= asked.high for w in contract.guidance):
+        raise Refused(
+            wrong=f"guidance: {asked.low:g} to {asked.high:g} leaves out the set's own, at which it will be measured",
+            found=str(list(contract.guidance)),
+            mend=f"low: {min(asked.low, *contract.guidance):g}, high: {max(asked.high, *contract.guidance):g}",
+        )
+    return Drawn(low=asked.low, high=asked.high, seed=config.seed, contract=contract)
+
+
 def _segment(config: TrainConfig, contract: Contract) -> Segment:
     if config.guidance not in (None, contract.guidance):
         raise Refused(
             wrong="guidance: another w than the set's, with objective: segment",
-            found=f"{list(config.guidance or ())}, the paths were walked with {list(contract.guidance)}",
+            found=f"{_told(config.guidance)}, the paths were walked with {list(contract.guidance)}",
             mend="guidance: null, or harvest with the guidance that you want",
         )
     if contract.source != "trajectory":
@@ -145,6 +169,12 @@ def _segment(config: TrainConfig, contract: Contract) -> Segment:
     return Segment(contract=contract, spans=tuple(zip(begins, [*begins[1:], FINAL], strict=True)), walk=walk)
 
 
+def _told(guidance: tuple[float, ...] | GuidanceRange | None) -> str:
+    return (
+        f"{guidance.low:g} to {guidance.high:g}" if isinstance(guidance, GuidanceRange) else str(list(guidance or ()))
+    )
+
+
 def _kept_by_all(contract: Contract) -> np.ndarray:
     """The steps that every record holds, from noise on."""
     kept = np.arange(contract.steps) if contract.keep == contract.steps else np.unique(contract.keep_at)
@@ -157,10 +187,9 @@ def _kept_by_all(contract: Contract) -> np.ndarray:
     return kept
 
 
-def guided(cond: Tensor, uncond: Tensor, expert: Tensor, guidance: Tensor) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2207.12598, eq. 6) with the w of each sample's expert."""
-    w = guidance[expert].view(-1, 1, 1, 1)
-    return uncond + w * (cond - uncond)
+def guided(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2207.12598, eq. 6) with each sample's w, [B]."""
+    return uncond + _column(w) * (cond - uncond)
 
 
 def sizes_of(contract: Contract, timesteps: Tensor) -> Tensor | None:

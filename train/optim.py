@@ -18,7 +18,8 @@ def make_optimizer(student: nn.Module, config: TrainConfig, *, num_ranks: int) -
     matrices = [parameter for name, parameter in named if parameter.ndim >= 2 and "scale_shift_table" not in name]
     chosen = {id(parameter) for parameter in matrices}
     vectors = [parameter for _, parameter in named if id(parameter) not in chosen]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decays = ((matrices, config.weight_decay), (vectors, 0.0))
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "fused": True}
     if not config.sharded_optimizer or num_ranks == 1:
         return torch.optim.AdamW(groups, **options)

@@ -5,16 +5,18 @@
 Memory of one GPU, part by part:
 
     weights, gradients, EMA     4 bytes a parameter each; the optimizer 8 (AdamW's two moments),
-                                shared by all GPUs when it is sharded
+                                shared by all GPUs when it is sharded; what is frozen has no gradient and no
+                                moments, and beside adapters (lora) no average
     half-precision copies       2 bytes a parameter while autocast is on
     activations                 what the backward pass of one micro-batch needs, see `activation_bytes`
 
 `tests/train/test_plan.py` holds the activations against what autograd really keeps.
 """
 
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,18 @@ class Need:
 
 
 def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_per_s: float | None) -> Iterator[str]:
-    student, num_parameters = _student(config.init)
+    student, shapes = _student(config.init)
+    num_parameters, num_trained = sum(map(math.prod, shapes.values())), trained_parameters(config, shapes)
     shards = ShardSet.open(config.set)
     receipts = shards.manifest().receipts
     side = max(((receipt.height, receipt.width) for receipt in receipts), default=(512, 512), key=math.prod)
     points = _trained_points(receipts, config, shards.contract.keep)
     millions = num_parameters / 1e6
-    yield f"student of {millions:.1f} M parameters; {points} samples an epoch, the largest {side[0]}x{side[1]}"
-    need = memory(config, student, num_parameters, side, num_gpus=num_gpus)
+    trained = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
+    yield f"student of {millions:.1f} M parameters{trained}; {points} samples an epoch, the largest {side[0]}x{side[1]}"
+    needs = functools.partial(memory, student=student, num_parameters=num_parameters, num_trained=num_trained,
+                              side=side, num_gpus=num_gpus)  # fmt: skip
+    need = needs(config)
     yield f"memory of each of {num_gpus} GPUs at batch_size {config.batch_size}:"
     for name, size in need.parts.items():
         yield f"  {name:24} {human_bytes(size):>9}"
@@ -61,7 +67,7 @@ def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_
         yield "it fits"
     else:
         yield "it does not fit; what does:"
-        yield from _mends(config, student, num_parameters, side, num_gpus=num_gpus, room=room)
+        yield from _mends(config, needs, num_gpus=num_gpus, room=room)
     global_batch = config.global_batch or config.batch_size * num_gpus
     steps = math.ceil(config.num_epochs * points / global_batch)
     yield f"{steps} steps of {global_batch} for {config.num_epochs:g} epochs"
@@ -72,19 +78,28 @@ def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_
         yield "how long: unknown before a rate is measured; run a hundred steps, or give --samples-per-s"
 
 
-def memory(config: TrainConfig, student: StudentConfig, num_parameters: int, side: tuple[int, int], *,
-           num_gpus: int) -> Need:  # fmt: skip
-    p = float(num_parameters)
+def memory(config: TrainConfig, *, student: StudentConfig, num_parameters: int, num_trained: int,
+           side: tuple[int, int], num_gpus: int) -> Need:  # fmt: skip
+    p, trained = float(num_parameters), float(num_trained)
     half = config.precision != "float32"
     parts = {
-        "weights": 4 * p,
-        "gradients": 4 * p,
-        "optimizer": 8 * p / (num_gpus if config.sharded_optimizer else 1),
-        "EMA": 0.0 if config.ema_on_host else 4 * p,
+        "weights": 4 * (p + (trained if config.lora else 0)),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained / (num_gpus if config.sharded_optimizer else 1),
+        "EMA": 0.0 if config.ema_on_host else 4 * (trained if config.lora else p),
         "half-precision copies": 2 * p if half else 0.0,
         "activations": activation_bytes(config, student, side),
     }
     return Need(parts={name: size for name, size in parts.items() if size})
+
+
+def trained_parameters(config: TrainConfig, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Of `shapes`, the student's tensors, those that are not frozen; or the adapters beside them."""
+    if config.lora is None:
+        return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(config.frozen))
+    adapted = (shape for name, shape in shapes.items()
+               if len(shape) == 2 and config.lora.adapts(name.removesuffix(".weight")))  # fmt: skip
+    return sum(config.lora.rank * sum(shape) for shape in adapted)
 
 
 def activation_bytes(config: TrainConfig, student: StudentConfig, side: tuple[int, int]) -> float:
@@ -101,8 +116,7 @@ def activation_bytes(config: TrainConfig, student: StudentConfig, side: tuple[in
     return student.num_layers * block
 
 
-def _mends(config: TrainConfig, student: StudentConfig, num_parameters: int, side: tuple[int, int], *, num_gpus: int,
-           room: float) -> Iterator[str]:  # fmt: skip
+def _mends(config: TrainConfig, needs: Callable[[TrainConfig], Need], *, num_gpus: int, room: float) -> Iterator[str]:
     """The cheapest first: each alone, then all of them."""
     smaller = max(1, config.batch_size // 2)
     choices: dict[str, dict[str, Any]] = {
@@ -116,17 +130,17 @@ def _mends(config: TrainConfig, student: StudentConfig, num_parameters: int, sid
     if num_gpus == 1:
         del choices["sharded_optimizer: true"]
     for name, changes in choices.items():
-        total = memory(config.model_copy(update=changes), student, num_parameters, side, num_gpus=num_gpus).total
+        total = needs(config.model_copy(update=changes)).total
         yield f"  {name}: {human_bytes(total)}{', fits' if total <= room else ''}"
 
 
-def _student(folder: Path) -> tuple[StudentConfig, int]:
+def _student(folder: Path) -> tuple[StudentConfig, dict[str, tuple[int, ...]]]:
     path = folder / "model.safetensors"
     if not path.exists():
         raise BadUsage(wrong="there is no student to plan for", found=f"nothing in {folder}",
                        mend="python -m train init first")  # fmt: skip
     config = StudentConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    return config, sum(math.prod(stored.shape) for stored in read_header(path).values())
+    return config, {name: stored.shape for name, stored in read_header(path).items()}
 
 
 def _trained_points(receipts: tuple[Receipt, ...], config: TrainConfig, keep: int) -> int:

@@ -1,6 +1,6 @@
 """What may change between a checkpoint and the run that goes on from it.
 
-allow(config, facts, contract_digest, epoch_digest, log)        says what changed, refuses what would mix two runs
+allow(config, facts, contract=..., epoch=..., log=log)        says what changed, refuses what would mix two runs
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ HARMLESS = frozenset({
     "batch_size", "gradient_checkpointing", "sharded_optimizer", "ema_on_host", "compile", "fit",
     "device", "processes", "threads",
     "reader", "read_workers", "on_corrupt", "deadline_s",
-    "checkpoint_every", "keep_checkpoints", "keep_every", "log_every",
+    "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "tensorboard",
     "save_samples", "sample_interval", "sample_dir", "sample_prompts",
 })  # fmt: skip
 """How and where, not what: they change no number of the run, or last bits of it."""

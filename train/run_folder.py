@@ -4,6 +4,7 @@ run/ config.yaml  epochs/NNNN.json  checkpoints/<samples_seen>/  metrics.jsonl  
      samples/epoch_NNNN_sample_MM.png  lock.json
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Without the lines that a full disk or a power loss has torn."""
     path = run_dir / METRICS_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def status_lines(run_dir: Path) -> Iterator[str]:

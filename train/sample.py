@@ -8,7 +8,7 @@
 The text encoder is not needed: the set holds the texts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,9 @@ from common.schedule import Grid, seeded_noise
 from common.shards import ASSETS, ShardSet
 from train.chosen import first_records
 from train.config import TrainConfig
+from train.dist import HOST
+from train.guidance import Answer, said
+from train.lora import whole
 from train.objective import Objective, objective_of
 from train.run_folder import CONFIG_NAME, EMA_NAME, checkpoints
 from train.state import read_checkpoint
@@ -34,8 +37,6 @@ from train.vae.network import load_vae
 GAP = 4
 BATCH = 64
 """Pictures that are walked and decoded together."""
-Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(latents, timesteps, text, lengths) -> velocity: a student, or one with other weights."""
 
 
 class Trained(NamedTuple):
@@ -48,8 +49,12 @@ class Trained(NamedTuple):
     step: int
     samples_seen: int
 
+    def answer(self, guidance: float | None) -> Answer:
+        """The student as its walk asks it; `guidance` is for one that is told of it, None: the set's own."""
+        return said(self.student, self.objective.drawn, guidance)
 
-def open_run(run_dir: Path) -> Trained:
+
+def open_run(run_dir: Path, device: torch.device = HOST) -> Trained:
     """The moving average of the newest checkpoint, and the set it was trained on."""
     kept = checkpoints(run_dir)
     if not kept:
@@ -58,24 +63,24 @@ def open_run(run_dir: Path) -> Trained:
     shards = ShardSet.open(config.set)
     summary, files = read_checkpoint(kept[-1])
     student = WanLite(StudentConfig.from_dict(summary["student"]))
-    student.load_state_dict(load(files[EMA_NAME]), strict=True)
+    weights = whole(load(files[EMA_NAME]), config.lora, config.init, summary.get("base"))
+    student.load_state_dict(weights, strict=True)
     objective = objective_of(config, shards.contract)
-    return Trained(config, shards, objective, student.eval(), summary["step"], summary["samples_seen"])
+    return Trained(config, shards, objective, student.to(device).eval(), summary["step"], summary["samples_seen"])
 
 
-def sample(run_dir: Path, *, num: int, steps: int | None, device: str = "cpu") -> Image.Image:
-    trained = open_run(run_dir)
+def sample(run_dir: Path, *, num: int, steps: int | None, device: torch.device = HOST,
+           guidance: float | None = None) -> Image.Image:  # fmt: skip
+    trained = open_run(run_dir, device)
     records = first_records(trained.shards, num)
-    mine, theirs = pairs(trained.shards, trained.student.to(device), records, trained.objective.grid(steps),
-                         text_rows=trained.student.config.text_max_length)  # fmt: skip
+    mine, theirs = pairs(trained.shards, trained.answer(guidance), records, trained.objective.grid(steps),
+                         text_rows=trained.student.config.text_max_length, device=device)  # fmt: skip
     return sheet(mine, theirs)
 
 
 def pairs(shards: ShardSet, student: Answer, records: Sequence[Record], grid: Grid, *, text_rows: int,
-          device: torch.device | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+          device: torch.device) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The student's pictures and its teacher's, [N, H, W, 3] bytes each."""
-    if device is None:
-        device = next(student.parameters()).device if isinstance(student, WanLite) else torch.device("cpu")
     vae = load_vae(shards.path / ASSETS / "vae").to(device)
     mine, theirs = [], []
     for begin in range(0, len(records), BATCH):

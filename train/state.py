@@ -1,18 +1,14 @@
 """What a run needs to go on as if nothing had happened, and its way to the disk and back.
 
     write_checkpoint(run_dir, snapshot_of(state, facts), keep)      run/checkpoints/<samples_seen>/: whole or not at all
-    saver = Saver(run_dir, keep, log); saver.save(state, facts); saver.finish()     the same, off the step's path
     facts = restore(run_dir, state, log)                     the newest valid one; an older one if that is damaged
 
 Safetensors and JSON only. state.json holds size and crc32c of each file, and of itself; a checkpoint that does not
 match is passed over and said so. An older checkpoint is removed only after the newer one was read back.
 """
 
-import errno
 import json
 import shutil
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import Corrupt, Partial, Refused
+from common.errors import Corrupt, Refused
 from common.extents import crc32c
 from common.files import sweep, write_folder
 from common.log import Log
@@ -34,8 +30,6 @@ from train.student.network import WanLite
 SEAL = "crc32c"
 """Of state.json's other entries."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
@@ -43,6 +37,7 @@ class TrainState:
 
     student: WanLite
     ema: dict[str, Tensor]
+    """By the names of the parameters that a checkpoint holds: all, or the adapters alone."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Of the loss, under float16; else it does nothing."""
@@ -54,6 +49,11 @@ class TrainState:
     """Steps whose gradient was not finite."""
     level_sums: list[float] = field(default_factory=lambda: [0.0] * (2 * NUM_LEVELS))
     """Of the loss since the last line of the log."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the student."""
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name].detach() for name in self.ema}
 
     def counters(self) -> dict[str, Any]:
         names = ("samples_seen", "step", "epoch", "cursor", "skipped", "level_sums")
@@ -79,7 +79,7 @@ class Keep:
 
 def snapshot_of(state: TrainState, facts: Mapping[str, Any]) -> Snapshot:
     tensors = {
-        MODEL_NAME: _copied(state.student.state_dict()),
+        MODEL_NAME: _copied(state.weights()),
         EMA_NAME: _copied(state.ema),
         OPTIMIZER_NAME: _copied(full_optimizer_state(state.student, state.optimizer)),
     }
@@ -104,58 +104,6 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
             shutil.rmtree(old)
     sweep(run_dir / CHECKPOINTS, older_than_s=3600.0)
     return folder
-
-
-class Saver:
-    """Writes in a thread what was copied in the step's own: one save at a time, each waited for before the next."""
-
-    def __init__(self, run_dir: Path, keep: Keep, log: Log) -> None:
-        self._run_dir, self._keep, self._log = run_dir, keep, log
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
-        self.finish()
-        began = time.monotonic()
-        snapshot = snapshot_of(state, facts)
-        copied_s = time.monotonic() - began
-        self._thread = threading.Thread(target=self._write, args=(snapshot, copied_s), name="save")
-        self._thread.start()
-
-    def require_sound(self) -> None:
-        """A save that failed is not found out at the next one, a night later."""
-        if self._error is not None:
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait for what is being written; what went wrong is raised here."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _write(self, snapshot: Snapshot, copied_s: float) -> None:
-        began = time.monotonic()
-        try:
-            folder = write_checkpoint(self._run_dir, snapshot, self._keep)
-        except OSError as error:
-            self._error = _told(error, self._run_dir) if error.errno in FULL else error
-            return
-        except BaseException as error:  # raised in the loop's thread
-            self._error = error
-            return
-        spent = f"{time.monotonic() - began:.2f}"
-        self._log.say(f"checkpoint {folder.name}", held_up=f"{copied_s:.2f}s", written_in=f"{spent}s")
-
-
-def _told(error: OSError, run_dir: Path) -> Partial:
-    return Partial(
-        wrong="there is no space left for a checkpoint",
-        found=f"{error.strerror} in {run_dir}; the checkpoints before it are whole",
-        mend="make room and run the same command again, or keep fewer (keep_checkpoints)",
-    )
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -212,7 +160,10 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
                 found=_differing(summary["student"], state.student.config.to_dict()),
                 mend="give the init that it began with, or another `out`",
             )
-        state.student.load_state_dict(load(files[MODEL_NAME]), strict=True)
+        weights, saved = state.weights(), load(files[MODEL_NAME])
+        _require_alike(run_dir, saved, weights)
+        for name, tensor in saved.items():
+            weights[name].copy_(tensor)
         for name, tensor in load(files[EMA_NAME]).items():
             state.ema[name].copy_(tensor)
         _restore_optimizer(state, load(files[OPTIMIZER_NAME]))
@@ -230,6 +181,17 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
             mend=f"look at the disk and run again; to begin anew, remove {run_dir / CHECKPOINTS}",
         )
     return None
+
+
+def _require_alike(run_dir: Path, saved: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
+    theirs, here = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (saved, mine))
+    odd = sorted(name for name in theirs.keys() | here.keys() if theirs.get(name) != here.get(name))
+    if odd:
+        raise Refused(
+            wrong=f"the checkpoints of {run_dir} hold other weights than this configuration trains",
+            found=f"{len(odd)} tensors, first {odd[0]}: {theirs.get(odd[0])}, now {here.get(odd[0])}",
+            mend="set `lora` back to what it was, or give another `out`",
+        )
 
 
 def _differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:

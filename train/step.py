@@ -10,6 +10,7 @@ it and skip alike, without a word between them.
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +64,11 @@ class Stepper:
         self._forget_gradients()
         sums = torch.zeros(2, NUM_LEVELS, dtype=torch.float64, device=self._world.device)
         errors = []
-        for number, host_micro in enumerate(step.micros):
+        for number, (host_micro, w) in enumerate(zip(step.micros, self._guidance(step), strict=True)):
             micro = host_micro.to(self._world.device)
             is_last = number == len(step.micros) - 1
             with contextlib.nullcontext() if is_last else self._without_sync():
-                errors.append(self.backward(micro, share=1 / len(step.micros)))
+                errors.append(self.backward(micro, w, share=1 / len(step.micros)))
             sums += level_sums(micro.sigmas, errors[-1])
         if self._gradients:
             self._gradients.average()
@@ -81,10 +82,18 @@ class Stepper:
             sums.zero_()
         return Taken(sums=sums, norm=norm, rate=rate, skipped=skipped, suspects=suspects)
 
-    def backward(self, micro: Micro, *, share: float) -> Tensor:
+    def _guidance(self, step: Step) -> Sequence[Tensor | None]:
+        """w of each micro-batch, where it is drawn: by the samples' positions in the stream of all ranks."""
+        drawn = self._objective.drawn
+        if drawn is None:
+            return [None] * len(step.micros)
+        of_all = drawn.at(self._state.samples_seen, len(step.samples)).to(self._world.device)
+        return of_all[self._world.rank :: self._world.size].split([len(micro.sigmas) for micro in step.micros])
+
+    def backward(self, micro: Micro, w: Tensor | None = None, *, share: float) -> Tensor:
         """Gradients of one micro-batch; its errors, [B]."""
         with self._autocast():
-            per_sample = error_of(self._student, self._objective.ask(micro), micro)
+            per_sample = error_of(self._student, self._objective.ask(micro, w), micro)
         weighted = per_sample if self._weights is None else per_sample * self._weights[levels_of(micro.sigmas)]
         self._state.scaler.scale(weighted.mean() * share).backward()
         return per_sample.detach()

@@ -18,6 +18,7 @@ from common.record import Array, Contract
 from common.schedule import seeded_noise
 from common.shards import ASSETS
 from common.tensor_file import weight_files
+from train.dist import HOST
 from train.sample import drawn_from, open_run, padded, pictures
 from train.vae.network import load_vae
 
@@ -27,9 +28,10 @@ MOST_OFF = 0.02
 
 @torch.inference_mode()
 def draw_words(run_dir: Path, prompts: Sequence[str], encoder_dir: Path, *, seed: int, steps: int | None,
+               device: torch.device = HOST, guidance: float | None = None,
                size: tuple[int, int] | None = None) -> np.ndarray:  # fmt: skip
-    """`size` (height, width): None takes the set's first."""
-    run = open_run(run_dir)
+    """`size` (height, width): None takes the set's first. The encoder computes on the CPU."""
+    run = open_run(run_dir, device)
     contract, first = run.shards.contract, run.shards.manifest().receipts[0]
     height, width = size or (first.height, first.width)
     texts = encode(encoder_dir, [contract.negative_prompt, *map(clean_prompt, prompts)], contract)
@@ -38,8 +40,9 @@ def draw_words(run_dir: Path, prompts: Sequence[str], encoder_dir: Path, *, seed
     shape = (contract.latent_channels, height // stride, width // stride)
     noise = np.stack([seeded_noise(seed + number, shape) for number in range(len(prompts))])
     rows, lengths = padded([text[: run.student.config.text_max_length] for text in texts[1:]])
-    latents = drawn_from(run.student, torch.from_numpy(noise), rows, lengths, run.objective.grid(steps))
-    return pictures(load_vae(run.shards.path / ASSETS / "vae").decode(latents))
+    answer, state = run.answer(guidance), torch.from_numpy(noise).to(device)
+    latents = drawn_from(answer, state, rows.to(device), lengths.to(device), run.objective.grid(steps))
+    return pictures(load_vae(run.shards.path / ASSETS / "vae").to(device).decode(latents.to(device)))
 
 
 @torch.inference_mode()

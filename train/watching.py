@@ -21,12 +21,13 @@ from common.shards import ShardSet
 from train.chosen import first_records, held_out_records, records_of_prompts
 from train.config import TrainConfig
 from train.dist import World
+from train.guidance import Answer, said
 from train.held_out import Gap, HeldOut
 from train.objective import Objective
 from train.run_folder import SAMPLES
-from train.sample import GAP, Answer, pairs
+from train.sample import GAP, pairs
+from train.start import first_student
 from train.state import TrainState
-from train.student.network import load_student
 
 NUM_HELD_OUT, NUM_SAMPLES = 32, 8
 """Records."""
@@ -55,7 +56,7 @@ class Onlooker:
             records = held_out_records(self._shards, NUM_HELD_OUT)
             self._held_out = HeldOut(self._objective, records, text_rows=rows, device=self._world.device)
             if records:
-                first = load_student(self._config.init).to(self._world.device).eval()
+                first = first_student(self._config).to(self._world.device).eval()
                 self._untrained = self._held_out.gap(first)
         if self._untrained is None:  # the set holds no held-out prompt yet
             return
@@ -73,7 +74,8 @@ class Onlooker:
     def draw(self, state: TrainState, log: Log) -> None:
         folder = self._config.sample_dir or self._config.out / SAMPLES
         folder.mkdir(parents=True, exist_ok=True)
-        mine, theirs = pairs(self._shards, averaged(state, self._world.device), self._to_draw,
+        answer = said(averaged(state, self._world.device), self._objective.drawn, None)
+        mine, theirs = pairs(self._shards, answer, self._to_draw,
                              self._objective.grid(None), text_rows=state.student.config.text_max_length,
                              device=self._world.device)  # fmt: skip
         epoch = round(state.step / self._steps_per_epoch)
@@ -87,8 +89,8 @@ def averaged(state: TrainState, device: torch.device) -> Answer:
     """The student with the moving average's weights; the student itself is left as it is."""
     weights = {name: tensor.to(device) for name, tensor in state.ema.items()}
 
-    def answer(latents: Tensor, timesteps: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
-        out = functional_call(state.student, weights, (latents, timesteps, text, lengths))
+    def answer(*inputs: Tensor) -> Tensor:
+        out = functional_call(state.student, weights, inputs)
         assert isinstance(out, Tensor)
         return out
 

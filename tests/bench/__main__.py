@@ -5,6 +5,7 @@
     python -m tests.bench loading                    half a billion parameters from disk, beside the library's own load
     python -m tests.bench harvest                    a harvest beside its bare forwards and the library's pipeline
     python -m tests.bench shrink --set out/demo/set  students cut by importance, by first rows, at random
+    python -m tests.bench training                   a step's wait for data, a second process, memory, checkpointing
     python -m tests.bench students                   what students keep of the shapes teacher's score, by size
     python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
     python -m tests.bench store --json out/store.json --keep
@@ -83,6 +84,19 @@ def shrink(teacher: Path, set_path: Path, steps: int, out_dir: Path) -> None:
     from tests.bench.shrink import run
 
     for line in run(teacher, set_path, out_dir / "shrink", steps=steps):
+        click.echo(line)
+
+
+@main.command(help="A training step's wait for data, a second process, memory, gradient checkpointing.")
+@click.option("--steps", default=300, show_default=True)
+@click.option("--rounds", "num_rounds", default=3, show_default=True)
+@click.option("--set", "set_path", type=click.Path(path_type=Path), help="with --init; else a small one is harvested")
+@click.option("--init", type=click.Path(path_type=Path))
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+def training(steps: int, num_rounds: int, set_path: Path | None, init: Path | None, out_dir: Path) -> None:
+    from tests.bench.training import run
+
+    for line in run(out_dir / "training", steps=steps, rounds=num_rounds, set_path=set_path, init=init):
         click.echo(line)
 
 

@@ -172,7 +172,7 @@ class FeedReader:
         how = f"ring of {num_workers}" if num_workers else "a thread"
         self.name, self._ours, self.num_workers = f"feed by {how}: {ours.name}", ours, num_workers
         self.cpu_s = self.wall_s = 0.0
-        """Of the thread that asks, while it is timed."""
+        """Of the thread that asks, in epochs after the first one: starting is waiting."""
 
     def write(self, points: NDArray[Any]) -> None:
         """They stand there already."""
@@ -189,18 +189,20 @@ class FeedReader:
         self._num_batches = order.epoch_length(0) // BATCH
         self._feed = Feed(shards, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1,
                           read_workers=self.num_workers)  # fmt: skip
-        self._steps, self._unnamed = iter(self._feed), np.arange(BATCH)
+        self._steps, self._unnamed, self._is_first = iter(self._feed), np.arange(BATCH), True
 
     def epoch(self, order: Order) -> Iterator[Batch]:
         for _ in range(self.epochs_at_once * self._num_batches):
             cpu, wall = time.thread_time(), time.perf_counter()
             step = next(self._steps)
-            self.cpu_s, self.wall_s = self.cpu_s + time.thread_time() - cpu, self.wall_s + time.perf_counter() - wall
+            if not self._is_first:
+                self.cpu_s, self.wall_s = self.cpu_s + time.thread_time() - cpu, self.wall_s + time.perf_counter() - wall
             self._samples = step.samples
             latents = step.micros[0].latents.numpy()  # every third part of the points
             field = latents[0].nbytes
             shape, strides = (BATCH, 3, *latents.shape[1:]), (3 * field, field, *latents.strides[1:])
             yield self._unnamed, torch.from_numpy(np.lib.stride_tricks.as_strided(latents, shape, strides))
+        self._is_first = False
 
     def numbers(self) -> Order:
         """Of the last batch; an epoch does not stop to say."""

@@ -2,7 +2,7 @@
 
     lines = run(teacher_dir, folder, samples=60_000, only=["1/4", "1/4 in 4 steps"])
 
-harvest (every step of 12 kept) -> for each student: train init -> train run -> train eval --grader, all through the
+harvest (every step of 8 kept) -> for each student: train init -> train run -> train eval --grader, all through the
 command lines, one after the other. The grader's scores are of the set's records, held-out captions first; the
 teacher's own pictures of the same noise are graded beside.
 """
@@ -17,13 +17,15 @@ from typing import Any
 
 import yaml
 
-NUM_PROMPTS, SEEDS, STEPS = 400, 4, 12
+from tests.shapes.draw import shuffled, training_scenes
+
+NUM_PROMPTS, SEEDS, STEPS = 1200, 2, 8
 GRADER = "tests.shapes.grade:grade"
-BIG = {"hidden_size": 144, "num_heads": 3, "depth": 6, "ffn_dim": 512}
-QUARTER = {"hidden_size": 96, "num_heads": 2, "depth": 6, "ffn_dim": 384}
-EIGHTH = {"hidden_size": 96, "num_heads": 2, "depth": 3, "ffn_dim": 384}
+HALF = {"hidden_size": 192, "num_heads": 4, "depth": 3, "ffn_dim": 592}
+QUARTER = {"hidden_size": 144, "num_heads": 3, "depth": 3, "ffn_dim": 280}
+EIGHTH = {"hidden_size": 96, "num_heads": 2, "depth": 3, "ffn_dim": 240}
 STUDENTS: dict[str, tuple[dict[str, int], dict[str, Any], bool]] = {
-    "1/2": (BIG, {}, False),
+    "1/2": (HALF, {}, False),
     "1/4": (QUARTER, {}, False),
     "1/8": (EIGHTH, {}, False),
     "1/4, random start": (QUARTER, {}, True),
@@ -75,8 +77,10 @@ def harvest_config(teacher_dir: Path, folder: Path) -> Path:
     config = yaml.safe_load(Path("configs/harvest/demo.yaml").read_text(encoding="utf-8"))
     config |= {"out": str(folder / "set"), "steps": STEPS, "keep": STEPS, "jitter": False, "records_per_shard": 64}
     config["teacher"]["folder"] = str(teacher_dir)
-    config["prompts"] |= {"limit": NUM_PROMPTS, "seeds_per_prompt": SEEDS}
     folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{scene.caption}\n" for scene in shuffled(training_scenes(), seed=11)[:NUM_PROMPTS]))
+    config["prompts"] |= {"file": str(prompts), "limit": None, "seeds_per_prompt": SEEDS}
     path = folder / "harvest.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

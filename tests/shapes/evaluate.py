@@ -4,7 +4,7 @@
     python -m tests.shapes.evaluate --teacher configs/teachers/shapes --rows held_out --count 64
     python -m tests.shapes.evaluate --teacher configs/teachers/shapes --rows picture --grid docs/shapes_teacher.png
 
-One frame, 20 steps, guidance 3.5, one seed a caption. Rows: `trained` (captions seen in training), `held_out` (256 new
+One frame, 20 steps, guidance 5 and 3.5, one seed a caption. Rows: `trained` (captions seen in training), `held_out` (256 new
 combinations of seen pairs), `held_out_pairs` (colour and shape never seen together), then the held-out captions again
 with the experts `swapped`, and with `high_alone` or `low_alone` over the whole range.
 """
@@ -22,7 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tests.shapes.draw import PIXELS, held_out_pair_scenes, held_out_scenes, shuffled, training_scenes
 from tests.shapes.grade import Grade, grade
 
-STEPS, GUIDANCE, BATCH = 20, 3.5, 32
+STEPS, BATCH = 20, 32
+GUIDANCE = (5.0, 3.5)
+"""Of the high-noise expert and of the low-noise one."""
 ATTRIBUTES = ("background", "colour", "shape", "place", "size", "all")
 CAPTIONS: dict[str, Callable[[], list[str]]] = {
     "trained": lambda: [scene.caption for scene in shuffled(training_scenes(), seed=4)[:256]],
@@ -43,7 +45,12 @@ def open_teacher(folder: Path, experts: str = "both") -> WanPipeline:
 
 
 def draw_captions(
-    pipeline: WanPipeline, captions: list[str], *, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+    pipeline: WanPipeline,
+    captions: list[str],
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: tuple[float, float] = GUIDANCE,
 ) -> np.ndarray:
     """uint8 [N, 128, 128, 3]; the noise of a picture depends on its number alone."""
     drawn = []
@@ -55,7 +62,8 @@ def draw_captions(
             width=PIXELS,
             num_frames=1,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=guidance[0],
+            guidance_scale_2=guidance[1],
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             output_type="np",
         )
@@ -73,7 +81,7 @@ def print_row(name: str, scores: dict[str, float], count: int) -> None:
     print(f"| {name} | {count} | {cells} |", flush=True)
 
 
-def print_table(folder: Path, rows: list[str], count: int, guidance: float) -> None:
+def print_table(folder: Path, rows: list[str], count: int, guidance: tuple[float, float]) -> None:
     print(f"| captions, experts | pictures | {' | '.join(ATTRIBUTES)} |\n|---|---|" + "---|" * len(ATTRIBUTES))
     for row in rows:
         captions = CAPTIONS["held_out" if row in EXPERTS else row]()[:count]
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", default=[*CAPTIONS, *EXPERTS], choices=[*CAPTIONS, *EXPERTS, "picture"])
     parser.add_argument("--count", type=int, default=256, help="at most this many captions a row")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--guidance", type=float, nargs=2, default=GUIDANCE, help="high-noise expert, low-noise expert")
     parser.add_argument("--grid", type=Path, help="write 32 pictures with their captions here")
     arguments = parser.parse_args()
     if arguments.grid:

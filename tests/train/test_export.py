@@ -77,12 +77,60 @@ def test_the_text_encoder_is_linked_or_copied_or_absent(tmp_path: Path, run: Pat
     export(run, tmp_path / "linked", form="diffusers", text_encoder=micro_wan)
     export(run, tmp_path / "copied", form="diffusers", text_encoder=micro_wan, copy=True)
     export(run, tmp_path / "bare", form="diffusers")
-    assert (tmp_path / "linked/text_encoder").is_symlink() and not (tmp_path / "copied/text_encoder").is_symlink()
-    assert (tmp_path / "copied/tokenizer/tokenizer.json").is_file()
+    weights = "text_encoder/model.safetensors"
+    assert (tmp_path / "linked" / weights).resolve() == (micro_wan / weights).resolve()
+    assert not (tmp_path / "copied" / weights).is_symlink()
+    for name in (weights, "tokenizer/tokenizer.json"):
+        assert (tmp_path / "copied" / name).read_bytes() == (micro_wan / name).read_bytes()
     from diffusers import WanPipeline
 
     assert WanPipeline.from_pretrained(tmp_path / "bare", text_encoder=None, tokenizer=None).text_encoder is None
     assert "text_encoder=..." in (tmp_path / "bare/README.md").read_text()
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_text_encoder_under_a_variants_name_opens_under_its_plain_one(
+    tmp_path: Path, run: Path, micro_wan: Path, copy: bool
+) -> None:
+    """diffusers opens all parts of a folder with one variant, and the student has none."""
+    from diffusers import WanPipeline
+    from transformers import UMT5EncoderModel
+
+    shutil.copytree(micro_wan, tmp_path / "fp16")
+    encoder = tmp_path / "fp16/text_encoder"
+    plain = UMT5EncoderModel.from_pretrained(encoder, dtype=torch.float16)
+    shutil.rmtree(encoder)
+    plain.save_pretrained(encoder, variant="fp16", max_shard_size="20KB")
+    assert len(list(encoder.glob("*.fp16*.safetensors"))) + len(list(encoder.glob("*.index.fp16.json"))) > 2
+    export(run, tmp_path / "student", form="diffusers", text_encoder=tmp_path / "fp16", copy=copy)
+    opened = WanPipeline.from_pretrained(tmp_path / "student", torch_dtype=torch.float32)
+    theirs = plain.state_dict()
+    assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in opened.text_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "tokenizer", "text_encoder/model.safetensors",
+                                     "tokenizer/tokenizer_config.json", "model_index.json"])  # fmt: skip
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_text_encoder_that_is_not_whole_is_refused_before_a_byte_is_written(
+    missing: str, copy: bool, tmp_path: Path, run: Path, micro_wan: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(micro_wan, folder, ignore=shutil.ignore_patterns("transformer*", "vae"))
+    gone = folder / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(BadUsage) as fault:
+        export(run, tmp_path / "student", form="diffusers", text_encoder=folder, copy=copy)
+    assert "--text-encoder" in fault.value.wrong and Path(missing).parts[0].removesuffix(".json") in fault.value.found
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+def test_what_a_form_has_no_place_for_is_refused(tmp_path: Path, run: Path, micro_wan: Path) -> None:
+    for form in ("wanlite", "comfyui"):
+        with pytest.raises(BadUsage, match="holds no text encoder"):
+            export(run, tmp_path / "no", form=form, text_encoder=micro_wan)  # type: ignore[arg-type]
+    export(run, tmp_path / "plain", form="wanlite")
+    told = (tmp_path / "plain/README.md").read_text()
+    assert "load_student" in told and "WanPipeline" not in told, "a card tells how its own folder is opened"
 
 
 def test_a_few_step_student_walks_as_its_card_says(tmp_path: Path, micro_wan: Path, micro_init: Path) -> None:

@@ -18,8 +18,9 @@ from common.errors import Corrupt, Partial, Refused, Stopped
 from common.shards import ShardSet
 from train.config import TrainConfig
 from train.dist import World
-from train.loop import new_state, open_student, train
+from train.loop import train
 from train.run_folder import EMA_NAME, LOCK_NAME, MODEL_NAME, OPTIMIZER_NAME, checkpoints, read_metrics, status_lines
+from train.start import new_state, open_student
 from train.state import Keep, read_checkpoint, snapshot_of, verify_lines, write_checkpoint
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -239,8 +240,9 @@ def test_a_save_that_fails_is_heard_and_the_one_before_serves(
         real(path, content)
 
     monkeypatch.setattr(common.files, "_write_synced", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Partial, match="no space left") as fault:
         run(settings)
+    assert "the same command again" in fault.value.mend
     monkeypatch.undo()
     assert [int(folder.name) // 8 for folder in checkpoints(settings["out"])] == [5, 10]
     same(run(settings), straight)

@@ -17,7 +17,7 @@ from tests.made import write_student_json
 from tests.train.test_export import trained
 from train.feed.epochs import Epochs
 from train.launch import _wait
-from train.run_folder import checkpoints
+from train.run_folder import METRICS_NAME, checkpoints, read_metrics
 from train.student.config import read_student_json
 from train.student.projection import project
 
@@ -99,3 +99,8 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None
     with Watch(tmp_path, Log("test", quiet=True), interval_s=0.02) as watch, watch.stage("step", deadline_s=60):
         time.sleep(0.1)
     assert sorted(os.listdir(tmp_path)) == [HEARTBEAT_NAME]
+
+
+def test_a_torn_line_of_metrics_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).write_bytes(b'{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n{"st')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4]

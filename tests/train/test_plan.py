@@ -8,7 +8,7 @@ import torch
 
 from common.config import check
 from train.config import TrainConfig
-from train.plan import activation_bytes, memory, plan_lines
+from train.plan import activation_bytes, memory, plan_lines, trained_parameters
 from train.student.network import StudentConfig, WanLite
 
 LITE = {"num_layers": 4, "num_heads": 4, "head_dim": 64, "in_channels": 16, "out_channels": 16, "patch": 2,
@@ -51,14 +51,34 @@ def test_planned_activations_are_what_the_backward_pass_keeps(batch: int, side: 
         assert 0.75 < planned / kept < 1.33, f"planned {planned:.3g}, kept {kept:.3g}"
 
 
+def total(asked: TrainConfig, *, trained: int = 1000, num_gpus: int = 1) -> float:
+    return memory(asked, student=StudentConfig(**LITE), num_parameters=1000, num_trained=trained, side=(256, 256),
+                  num_gpus=num_gpus).total  # fmt: skip
+
+
 def test_memory_counts_what_each_key_moves() -> None:
-    student = StudentConfig(**LITE)
-    plain, hosted = (memory(config(ema_on_host=on_host), student, 1000, (256, 256), num_gpus=1)
-                     for on_host in (False, True))  # fmt: skip
-    assert plain.total - hosted.total == 4000
+    assert total(config()) - total(config(ema_on_host=True)) == 4000
     sharded = config(sharded_optimizer=True)
-    alone, together = (memory(sharded, student, 1000, (256, 256), num_gpus=num) for num in (1, 4))
-    assert alone.total - together.total == 6000
+    assert total(sharded) - total(sharded, num_gpus=4) == 6000
+    assert total(config()) - total(config(), trained=400) == 600 * (4 + 8), "frozen: no gradient, no moments"
+
+
+def test_what_is_trained_is_counted_as_it_is() -> None:
+    """Against the student itself, with peft's own adapters beside it."""
+    student = WanLite(StudentConfig(**LITE))
+    shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    whole = sum(parameter.numel() for parameter in student.parameters())
+    assert trained_parameters(config(), shapes) == whole
+    held = sum(parameter.numel() for name, parameter in student.named_parameters() if name.startswith("blocks.0."))
+    assert trained_parameters(config(frozen=["blocks.0."]), shapes) == whole - held
+    pytest.importorskip("peft")
+    from train.lora import adapt
+
+    asked = config(lora={"rank": 3, "targets": ["to_q", "to_out.0", "net.2"]})
+    assert asked.lora is not None
+    adapt(student, asked.lora, seed=0)
+    adapters = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    assert trained_parameters(asked, shapes) == adapters > 0
 
 
 def test_what_does_not_fit_is_told_what_would(micro_set: Path, micro_init: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """What a run shows and what is measured on it: pictures, the held-out gap, a grader's scores, a check before hours."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from common.config import check as checked
-from common.errors import BadUsage, Partial, Refused
+from common.errors import BadUsage, Partial, Refused, Stopped
 from common.shards import ShardSet, is_held_out
-from tests.made import command, harvest_config, harvest_here
+from tests.made import ROOT, command, harvest_config, harvest_here
 from train.check import check
 from train.config import TrainConfig
-from train.dist import World
+from train.dist import World, device_of
 from train.evaluate import compared, evaluate, graded, load_grader, psnr, report_lines
 from train.feed.epochs import Epochs
 from train.held_out import HeldOut
@@ -107,6 +111,66 @@ def test_check_walks_through_everything_and_leaves_the_run_alone(settings: dict[
     train(config(settings), ALONE)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("place", [Terminal, io.StringIO])
+def test_a_bar_is_drawn_on_a_terminal_and_lines_are_said_everywhere(
+    place: type[io.StringIO], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = place()
+    monkeypatch.setattr("sys.stderr", shown)
+    train(config(settings), ALONE)
+    told = shown.getvalue()
+    last = [line["step"] for line in read_metrics(settings["out"]) if "loss" in line][-1]
+    assert f"step {last}/{last} loss=" in told and "left=" in told
+    assert (f"m{last}/{last}\x1b" in told and "━" in told) == (place is Terminal)
+
+
+def test_events_are_the_numbers_of_the_metrics(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, killed, gone on with: of a step that was said twice the later word alone is drawn."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Stopped):
+        train(config(settings, tensorboard=True), ALONE, limit_s=0.0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("train.loop.Run._save", dies)  # after the last step, and nothing is kept
+        train(config(settings, tensorboard=True), ALONE)
+    train(config(settings, tensorboard=True), ALONE)
+    lines = [line for line in read_metrics(settings["out"]) if "step" in line]
+    found = events.EventAccumulator(str(settings["out"] / "tensorboard")).Reload()
+    for event, name in (("train", "loss"), ("train", "lr"), ("train", "samples_per_s"), ("held_out", "gap")):
+        told = {line["step"]: line[name] for line in lines if line.get("event", "train") == event and name in line}
+        points = found.Scalars(f"{event}/{name}")
+        assert told and {point.step: point.value for point in points} == pytest.approx(told, rel=1e-6), name
+        assert len(points) == len(told), f"{name}: a step that was said twice is drawn twice"
+    levels = {line["step"]: line["loss_by_level"][3] for line in lines if "loss_by_level" in line}
+    drawn = {point.step: point.value for point in found.Scalars("train/loss_by_level3")}
+    assert drawn == pytest.approx({step: loss for step, loss in levels.items() if loss is not None}, rel=1e-6)
+    assert "train/first_sample" not in found.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(("package", "key", "value"), [("tensorboard", "tensorboard", True), ("peft", "lora", {})])
+def test_without_its_package_a_wish_names_the_extra_before_anything_is_loaded(
+    package: str, key: str, value: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    values = settings | {key: value, "set": "nowhere", "out": str(tmp_path / "run"), "init": "nowhere"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    code = f"import runpy, sys; sys.modules['{package}'] = None; sys.argv = ['train', 'run', sys.argv[1]]\n"
+    code += "try: runpy.run_module('train', run_name='__main__')\n"
+    code += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.yaml")], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.stdout.split() == ["2", "False"] and f".[{key}]" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def by_mean(picture: np.ndarray, prompt: str) -> dict[str, Any]:
     return {"bright": bool(picture.mean() > 127), "named": prompt.startswith("a cat"), "text": "not a number"}
 
@@ -174,3 +238,15 @@ def test_a_sample_that_was_added_later_can_be_drawn(tmp_path: Path, micro_config
     assert done.returncode == 0, done.stderr
     (record,) = records_of_prompts(shards, ["a blue  house in the sea"])
     assert record.prompt == "a blue house in the sea" and record.final.std() > 0
+
+
+def test_a_device_is_found_or_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    has_gpu = torch.cuda.is_available()
+    assert device_of(None).type == ("cuda" if has_gpu else "cpu") and device_of("cpu").type == "cpu"
+    for name, found in (("gpu", "gpu"), ("cuda:x", "cuda:x"), ("cuda:99", f"{torch.cuda.device_count()} GPUs")):
+        with pytest.raises(BadUsage) as fault:
+            device_of(name)
+        assert "--device" in fault.value.wrong and fault.value.found == found
+    train(config(settings, num_epochs=0.4), ALONE)
+    done = command("train", "eval", settings["out"], "--num", "2", "--steps", "2", "--device", "cpu", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["records"] == 2, done.stderr

@@ -45,6 +45,8 @@ class StudentConfig:
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
     """Most tokens along one side of the picture."""
+    guidance_embeds: bool = False
+    """Whether it is told the guidance, which no Wan is. Files that do not say so mean no."""
     text_max_length: int = 512
     """Most rows of a prompt that are kept; longer ones are cut before padding."""
     vae_stride: int = 8
@@ -108,7 +110,8 @@ class StudentConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentConfig":
         """Our own config.json, every field of it."""
         names = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in values.items() if name != "_class_name"}
+        told = {"guidance_embeds": False} | dict(values)
+        fields = {name: value for name, value in told.items() if name != "_class_name"}
         if values.get("_class_name") != CLASS_NAME or fields.keys() != names:
             raise BadUsage(wrong="this config.json is not a Wan-Lite student's",
                            found=f"_class_name {values.get('_class_name')!r}, {sorted(fields.keys() ^ names)} amiss",
@@ -116,7 +119,10 @@ class StudentConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"_class_name": CLASS_NAME, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        if not self.guidance_embeds:
+            del fields["guidance_embeds"]
+        return {"_class_name": CLASS_NAME, **fields}
 
 
 def _refuse_foreign(wan: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
     student = WanLite(StudentConfig.from_wan_config(config)).eval()
     velocity_BCHW = student(latents_BCHW, timesteps_B, text_BLD, lengths_B)      # padding collapsed into one key
     velocity_BCHW = student(latents_BCHW, timesteps_B, padded_text_BLD)          # text already padded: no mask
+    velocity_BCHW = student(latents_BCHW, timesteps_B, text_BLD, lengths_B, w_B)      # one that is told the guidance
 
 At one frame Wan is 2D already, so a student of its teacher's size with the time axis squeezed out of the patch kernel
 is its teacher: every operation below keeps the order, dtype and memory layout of diffusers' WanTransformer3DModel.
@@ -51,14 +52,16 @@ class WanLite(nn.Module):
         self.proj_out = nn.Linear(width, config.out_channels * config.patch**2)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """latents [B,C,H,W], timesteps [B] on 0..1000, text [B,L,D], lengths [B] (rows of text that are real)."""
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor, lengths: Tensor | None = None,
+                guidance: Tensor | None = None) -> Tensor:  # fmt: skip
+        """latents [B,C,H,W], timesteps [B] on 0..1000, text [B,L,D], lengths [B] (rows of text that are real),
+        guidance [B] if and only if `guidance_embeds`."""
         patch = self.config.patch
         rows, columns = latents.shape[2] // patch, latents.shape[3] // patch
         rotary = self.rope(rows, columns)
         x_BND = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
         text_BLD, bias_B11L = self._padded(text, lengths)
-        time_BD, slots_BSD, text_BLD = self.condition_embedder(timesteps, text_BLD)
+        time_BD, slots_BSD, text_BLD = self.condition_embedder(timesteps, text_BLD, guidance)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BND = checkpoint(block, x_BND, text_BLD, bias_B11L, slots_BSD, rotary, use_reentrant=False)
@@ -173,10 +176,18 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = TwoLinears(config.freq_dim, config.width, nn.SiLU())
         self.time_proj = nn.Linear(config.width, 6 * config.width)
         self.text_embedder = TwoLinears(config.text_dim, config.width, nn.GELU(approximate="tanh"))
+        hears = config.guidance_embeds
+        self.guidance_embedder = TwoLinears(config.freq_dim, config.width, nn.SiLU()) if hears else None
 
-    def forward(self, timesteps_B: Tensor, text_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, timesteps_B: Tensor, text_BLD: Tensor, guidance_B: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         waves_BD = sinusoids(timesteps_B, self.freq_dim).to(self.time_embedder.linear_1.weight.dtype)
-        time_BD = self.time_embedder(waves_BD).type_as(text_BLD)
+        time_BD = self.time_embedder(waves_BD)
+        assert (guidance_B is None) == (self.guidance_embedder is None), "guidance is told to who hears it, and to him"
+        if guidance_B is not None and self.guidance_embedder is not None:
+            time_BD = time_BD + self.guidance_embedder(guidance_waves(guidance_B, self.freq_dim).to(waves_BD.dtype))
+        time_BD = time_BD.type_as(text_BLD)
         slots_BSD = self.time_proj(F.silu(time_BD)).unflatten(1, (6, -1))
         return time_BD, slots_BSD, self.text_embedder(text_BLD)
 
@@ -186,6 +197,11 @@ def sinusoids(timesteps_B: Tensor, dim: int) -> Tensor:
     exponents = -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps_B.device) / (dim // 2)
     angles = timesteps_B[:, None].float() * torch.exp(exponents)[None, :]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def guidance_waves(guidance_B: Tensor, dim: int) -> Tensor:
+    """w times a thousand, on the timesteps' scale (as in LCM, Luo et al. 2310.04378)."""
+    return sinusoids(1000 * guidance_B, dim)
 
 
 class TwoLinears(nn.Module):

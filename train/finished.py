@@ -1,0 +1,106 @@
+"""A checkpoint with everything that its exported forms must say.
+
+    finished = read_finished(run_or_checkpoint, averaged=True, license_name="apache-2.0")
+    finished = at_one_guidance(finished, 3.0)       of a student that is told the guidance: one w, baked in
+
+Adapters are merged into the weights, and stand beside them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load
+from torch import Tensor
+
+from common.config import load_config
+from common.errors import BadUsage
+from common.record import Contract
+from common.shards import ASSETS, ShardSet
+from train.card import card, code_version
+from train.config import Lora, TrainConfig
+from train.guidance import refuse_guidance
+from train.lora import whole
+from train.objective import Objective, objective_of
+from train.run_folder import CONFIG_NAME, EMA_NAME, MODEL_NAME, checkpoints
+from train.state import read_checkpoint
+from train.student.guidance import at_one
+from train.student.network import StudentConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A checkpoint with everything that its forms must say."""
+
+    student: StudentConfig
+    weights: dict[str, Tensor]
+    adapters: dict[str, Tensor]
+    """Of a run with `lora`; they are in the weights already."""
+    lora: Lora | None
+    contract: Contract
+    assets_dir: Path
+    objective: Objective
+    provenance: dict[str, str]
+
+    def card(self, use: str) -> str:
+        return card(self.student, self.contract, use, self.provenance)
+
+
+def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finished:
+    found = checkpoints(source)
+    folder = found[-1] if found else source
+    run_dir = folder.parent.parent
+    if not (run_dir / CONFIG_NAME).exists():
+        raise BadUsage(wrong="there is no checkpoint to export", found=str(source),
+                       mend="give a run, or one of its checkpoints")  # fmt: skip
+    summary, files = read_checkpoint(folder)
+    config = load_config(TrainConfig, run_dir / CONFIG_NAME)
+    shards = ShardSet.open(config.set)
+    contract = shards.contract
+    provenance = {
+        "made_by": code_version(),
+        "teacher": contract.teacher,
+        "teacher_weights": contract.weights,
+        "contract": contract.digest(),
+        "objective": config.objective,
+        "averaged": "yes" if averaged else "no",
+        "steps": str(summary["step"]),
+        "samples_seen": str(summary["samples_seen"]),
+        "license": license_name,
+        **({} if config.lora is None else {"lora": f"rank {config.lora.rank}", "base": f"sha256 {summary['base']}"}),
+    }
+    saved = load(files[EMA_NAME if averaged else MODEL_NAME])
+    return Finished(
+        student=StudentConfig.from_dict(summary["student"]),
+        weights=whole(saved, config.lora, config.init, summary.get("base")),
+        adapters={} if config.lora is None else saved,
+        lora=config.lora,
+        contract=contract,
+        assets_dir=shards.path / ASSETS,
+        objective=objective_of(config, contract),
+        provenance=provenance,
+    )
+
+
+def at_one_guidance(finished: Finished, guidance: float | None) -> Finished:
+    drawn = finished.objective.drawn
+    if drawn is None:
+        refuse_guidance(guidance)
+        return finished
+    own = set(finished.contract.guidance)
+    if guidance is None and len(own) > 1:
+        raise BadUsage(wrong="this form holds one guidance", found=f"the set's own are {sorted(own)}",
+                       mend="--guidance W, or --format wanlite, which keeps the input")  # fmt: skip
+    w = own.pop() if guidance is None else guidance
+    drawn.require(w)
+    student, weights = at_one(finished.student, finished.weights, w)
+    provenance = finished.provenance | {"guidance": f"{w:g}, baked in"}
+    return dataclasses.replace(finished, student=student, weights=weights, provenance=provenance)
+
+
+def with_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The patch kernel gets its time axis back, of length one: the reverse of train.student.projection.strip."""
+    return {
+        name: tensor.unsqueeze(2) if name == "patch_embedding.weight" else tensor for name, tensor in weights.items()
+    }

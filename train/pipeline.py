@@ -1,0 +1,119 @@
+"""A folder that stock WanPipeline opens, whole or not at all: nothing is written before everything is found.
+
+write_pipeline(finished, out, teacher_dir, copy=False)          the text encoder's weights by link, or copied
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from common.errors import BadUsage, Refused
+from common.files import Content, pieces, write_folder
+from common.tensor_file import weight_files
+from train.card import pipeline_use
+from train.finished import Finished, with_time
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+VARIANTS, VARIANT = (None, "fp16"), ".fp16"
+VAE_CLASS = "AutoencoderKLWan"
+
+
+def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, copy: bool) -> None:
+    _refuse_what_wan_pipeline_cannot_open(finished)
+    classes = _text_classes(text_encoder)
+    if text_encoder is not None:
+        _require_text_parts(text_encoder)
+    parts = {} if text_encoder is None else {part: dict(_plainly(text_encoder / part)) for part in TEXT_PARTS}
+    links = {} if copy else {f"{part}/{name}": path for part in parts for name, path in parts[part].items()
+                             if path.suffix != ".json"}  # fmt: skip
+    texts = {f"{part}/{name}": _content(path) for part in parts for name, path in parts[part].items()
+             if f"{part}/{name}" not in links}  # fmt: skip
+    weights = save(with_time(finished.weights), metadata={"format": "pt", **finished.provenance})
+    index = {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        **classes,
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", VAE_CLASS],
+    }
+    few = finished.objective.spans is not None  # the card says how to walk them: the shift is in the levels already
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": finished.contract.train_steps,
+        "shift": 1.0 if few else finished.contract.shift,
+    }
+    told = finished.card(pipeline_use(finished.objective, has_text_encoder=text_encoder is not None))
+    write_folder(out, {
+        "model_index.json": _json_bytes(index),
+        "README.md": told.encode(),
+        "scheduler/scheduler_config.json": _json_bytes(scheduler),
+        "transformer/config.json": _json_bytes(finished.student.to_wan_config()),
+        "transformer/diffusion_pytorch_model.safetensors": weights,
+        **{f"vae/{name}": _content(path) for name, path in _plainly(finished.assets_dir / "vae")},
+        **texts,
+    })  # fmt: skip
+    for name, path in links.items():
+        os.symlink(path.resolve(), out / name)
+
+
+def _text_classes(text_encoder: Path | None) -> dict[str, Any]:
+    """As the teacher's own folder names them; without one, whoever opens the pipeline passes embeddings."""
+    if text_encoder is None:
+        return {part: [None, None] for part in TEXT_PARTS}
+    try:
+        index = json.loads((text_encoder / "model_index.json").read_text(encoding="utf-8"))
+        return {part: index[part] for part in TEXT_PARTS}
+    except (OSError, ValueError, KeyError) as error:
+        raise BadUsage(
+            wrong="--text-encoder is no pipeline folder with a text encoder",
+            found=f"{text_encoder}: {error}",
+            mend="give the teacher's folder",
+        ) from None
+
+
+def _require_text_parts(folder: Path) -> None:
+    """An index that names a part does not mean that the part is there."""
+    encoder = folder / "text_encoder"
+    whole = {
+        "text_encoder": (encoder / "config.json").is_file() and any(weight_files(encoder, kind) for kind in VARIANTS),
+        "tokenizer": (folder / "tokenizer" / "tokenizer_config.json").is_file(),
+    }
+    missing = [part for part in TEXT_PARTS if not whole[part]]
+    if missing:
+        raise BadUsage(wrong="--text-encoder names a folder with parts missing",
+                       found=f"no whole {' and no whole '.join(missing)} in {folder}",
+                       mend="finish the download, or give another folder of the teacher")  # fmt: skip
+
+
+def _refuse_what_wan_pipeline_cannot_open(finished: Finished) -> None:
+    config = json.loads((finished.assets_dir / "vae" / "config.json").read_text(encoding="utf-8"))
+    if config.get("_class_name") != VAE_CLASS:
+        raise Refused(
+            wrong=f"WanPipeline opens latents of {VAE_CLASS} only",
+            found=f"a set of {finished.contract.teacher} with {config.get('_class_name')}",
+            mend="export --format wanlite",
+        )
+
+
+def _plainly(part_dir: Path) -> Iterator[tuple[str, Path]]:
+    """A part's files under plain names: a pipeline is opened with one variant for all of its parts. A plain file comes
+    after the variant of its name, and takes its place."""
+    for path in sorted(part_dir.iterdir()):
+        if path.is_file():
+            yield path.name.replace(VARIANT, ""), path
+
+
+def _content(path: Path) -> Content:
+    """An index names files."""
+    return path.read_text(encoding="utf-8").replace(VARIANT, "").encode() if path.suffix == ".json" else pieces(path)
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -1,0 +1,83 @@
+"""A student and its state as a run begins, before a checkpoint says otherwise.
+
+student = first_student(config)                   as `train init` left it; told the guidance, if it is drawn
+student = open_student(config, contract)          the same, if it fits the set, with what is not trained held fast
+state = new_state(student, config, world)
+"""
+
+from typing import Any
+
+import torch
+
+from common.errors import BadUsage, Refused
+from common.record import Contract
+from train.config import GuidanceRange, TrainConfig
+from train.dist import World
+from train.lora import adapt
+from train.optim import make_optimizer
+from train.state import TrainState
+from train.student.guidance import hearing
+from train.student.network import WEIGHTS_NAME, WanLite, load_student
+
+
+def first_student(config: TrainConfig, **switches: Any) -> WanLite:
+    student = load_student(config.init, **switches)
+    if isinstance(config.guidance, GuidanceRange):
+        if config.lora is not None and not student.config.guidance_embeds:
+            raise BadUsage(wrong="lora with guidance: {low, high}", found="an init that is told no guidance",
+                           mend="adapters cannot learn to hear it: train without lora first, and export it as the "
+                           "next run's init (--format wanlite)")  # fmt: skip
+        return hearing(student)
+    if student.config.guidance_embeds:
+        raise BadUsage(wrong="guidance", found="one w for an init that is told of it",
+                       mend="guidance: {low: ..., high: ...}, or export that student with --guidance W")  # fmt: skip
+    return student
+
+
+def open_student(config: TrainConfig, contract: Contract) -> WanLite:
+    """Refused where it does not fit the set."""
+    if not (config.init / WEIGHTS_NAME).exists():
+        raise BadUsage(
+            wrong="there is no student to start from",
+            found=f"nothing in {config.init}",
+            mend=f"python -m train init --teacher DIR --student configs/students/NAME.json --out {config.init}",
+        )
+    student = first_student(config, gradient_checkpointing=config.gradient_checkpointing)
+    wants = {"in_channels": contract.latent_channels, "text_dim": contract.text_dim}
+    for name, number in wants.items():
+        if getattr(student.config, name) != number:
+            raise Refused(
+                wrong=f"the student does not fit the set: {name}",
+                found=f"{getattr(student.config, name)}, the set has {number}",
+                mend="make the student again from the set's own teacher",
+            )
+    if config.lora is not None:
+        if config.frozen:
+            raise BadUsage(wrong="frozen and lora together", found=f"frozen: {list(config.frozen)}",
+                           mend="frozen: []; adapters alone are trained, where lora.targets says")  # fmt: skip
+        adapt(student, config.lora, seed=config.seed)
+    _freeze(student, config.frozen)
+    return student
+
+
+def _freeze(student: WanLite, prefixes: tuple[str, ...]) -> None:
+    for prefix in prefixes:
+        parts = [parameter for name, parameter in student.named_parameters() if name.startswith(prefix)]
+        if not parts:
+            names = sorted({name.split(".")[0] for name, _ in student.named_parameters()})
+            raise BadUsage(wrong=f"frozen: no parameter begins with '{prefix}'", found=", ".join(names),
+                           mend="name one of these, or blocks.N")  # fmt: skip
+        for parameter in parts:
+            parameter.requires_grad_(False)
+
+
+def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState:
+    """What is averaged is what a checkpoint holds: of a student with adapters, these alone."""
+    home = torch.device("cpu") if config.ema_on_host else world.device
+    kept = [(name, parameter) for name, parameter in student.named_parameters()
+            if parameter.requires_grad or config.lora is None]  # fmt: skip
+    ema = {name: parameter.detach().to(home, copy=True) for name, parameter in kept}
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+    return TrainState(
+        student=student, ema=ema, optimizer=make_optimizer(student, config, num_ranks=world.size), scaler=scaler
+    )
