@@ -76,12 +76,13 @@ def plan(config_path: Path, overrides: tuple[str, ...], gpus: int, gigabytes: fl
 @click.option("--out", required=True, type=path, help="Where the first weights go.")
 @click.option("--set", "set_path", type=path, help="What it will learn from: the student is checked against it "
               "and cut by the activations that a harvest saw.")  # fmt: skip
-@click.option("--experts", type=click.Choice(["low", "high", "mean"]), default="low", show_default=True,
-              help="Which of two experts the student starts from.")  # fmt: skip
+@click.option("--experts", default="low", show_default=True, metavar="EXPERT[,...]",
+              help="Which of two experts the student starts from: low, high, mean; or one for each block of the "
+                   "teacher, with commas.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="No teacher's weights: a random start, for any set (--set).")
 @click.option("--adapt", is_flag=True, help="Write OUT/student.json with what --set wants, and go on with it.")
 def init(teacher: Path | None, student_path: Path, out: Path, set_path: Path | None,
-         experts: Literal["low", "high", "mean"], fresh: bool, adapt: bool) -> None:  # fmt: skip
+         experts: str, fresh: bool, adapt: bool) -> None:  # fmt: skip
     """A student's first weights, cut from a teacher's folder; reads only the tensors it needs."""
     from common.shards import ShardSet
     from train.student.config import read_student_json

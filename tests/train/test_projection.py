@@ -143,6 +143,24 @@ def test_cutting_by_norm_keeps_more_than_first_rows(teacher_dir: Path, tmp_path:
     assert kept.flatten(1).norm(dim=1).min() > 0
 
 
+def test_each_block_may_have_its_own_expert(teacher_dir: Path, tmp_path: Path) -> None:
+    words = ["high", "low", "mean", "low", "low"]
+    report = project(teacher_dir, own_size(teacher_dir), tmp_path / "init", experts=",".join(words))
+    student = load_student(tmp_path / "init").state_dict()
+    high, low = (stripped(teacher_dir, name) for name in ("transformer", "transformer_2"))
+    truth = {"high": high, "low": low, "mean": {name: (high[name] + low[name]) / 2 for name in high}}
+    for name, tensor in student.items():
+        before = name.startswith(("patch_embedding", "condition_embedder"))
+        word = words[int(name.split(".")[1])] if name.startswith("blocks.") else words[0 if before else -1]
+        assert torch.equal(tensor, truth[word][name]), name
+    kinds = {tensor.kind for tensor in report.tensors if tensor.name.startswith("blocks.2.")}
+    assert kinds == {"merged"} and set(report.counts) == {"exact", "merged"} and report.experts == ",".join(words)
+    with pytest.raises(BadUsage, match=r"3 of them.*5 blocks"):
+        project(teacher_dir, own_size(teacher_dir), tmp_path / "odd", experts="low,low,high")
+    with pytest.raises(BadUsage, match="medium"):
+        project(teacher_dir, own_size(teacher_dir), tmp_path / "odd", experts="medium")
+
+
 def test_projection_factor_multiplies_matrices_only(teacher_dir: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(own_size(teacher_dir), projection_factor=0.5)
     report = project(teacher_dir, config, tmp_path / "init")

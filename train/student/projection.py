@@ -2,7 +2,7 @@
 
     report = project(teacher_dir, read_student_json(path), out_dir, experts="low")
 
-    <teacher>/transformer, transformer_2 -> one tensor -> strip -> mean of the experts -> shrink -> out_dir
+    <teacher>/transformer, transformer_2 -> one tensor -> strip -> its expert, or their mean -> shrink -> out_dir
     out_dir: config.json, report.json, model.safetensors (float32, written last), opened by load_student
 
 Stripping loses nothing. Shrinking keeps the blocks, residual channels, whole heads and feed-forward channels that are
@@ -12,8 +12,9 @@ The report says of every student tensor whether it is exact, selected, merged (m
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,6 @@ from train.student.weights import FolderWeights, safetensors_stream
 REPORT_NAME = "report.json"
 EXPERT_FOLDERS = {"high": ["transformer"], "low": ["transformer_2"], "mean": ["transformer", "transformer_2"]}
 
-Experts = Literal["low", "high", "mean"]
 Kind = Literal["exact", "selected", "merged", "fresh"]
 Shape = tuple[int, ...]
 
@@ -53,7 +53,7 @@ class Report:
     teacher: dict[str, Any]
     student: dict[str, Any]
     experts: str
-    """low, high or mean; `single` where the teacher has one model."""
+    """low, high, mean, or one of them for each block; `single` where the teacher has one model."""
     chosen_by: str
     """weight norms, activations, or nothing."""
     blocks: list[int]
@@ -68,33 +68,48 @@ class Report:
 
 
 class Stripped:
-    """A teacher's tensors without time, averaged over the experts that were asked for."""
+    """A teacher's tensors without time, each of the expert that was asked for, or averaged over both."""
 
-    def __init__(self, teacher_dir: Path, experts: Experts) -> None:
-        single = not (teacher_dir / "transformer_2").is_dir()
-        self.folders = EXPERT_FOLDERS["high"] if single else EXPERT_FOLDERS[experts]
-        folders = [teacher_dir / name for name in self.folders]
-        configs = [_read_config(folder) for folder in folders]
+    def __init__(self, teacher_dir: Path, experts: str) -> None:
+        """experts: low, high or mean; or one of them for each block, with commas. What comes before the blocks goes
+        with the first of them, what comes after them with the last."""
+        if not (teacher_dir / "transformer_2").is_dir():
+            self.experts, words = "single", ["high"]
+        else:
+            self.experts, words = experts, experts.split(",")
+        _refuse_odd_words(words)
+        names = [name for name in EXPERT_FOLDERS["mean"] if any(name in EXPERT_FOLDERS[word] for word in words)]
+        configs = [_read_config(teacher_dir / name) for name in names]
         if any(config != configs[0] for config in configs):
             raise BadUsage(wrong="the two experts differ in shape", found=f"{configs[0]} and {configs[1]}",
                            mend="give --experts low or high")  # fmt: skip
-        self.experts = "single" if single else experts
         self.config = configs[0]
-        self._parts = [FolderWeights(folder) for folder in folders]
-        for part in self._parts:
+        if len(words) not in (1, self.config.num_layers):
+            raise BadUsage(wrong="--experts names one for all blocks or one for each", found=f"{len(words)} of them",
+                           mend=f"the teacher has {self.config.num_layers} blocks")  # fmt: skip
+        self._words = words if len(words) > 1 else words * self.config.num_layers
+        self._parts = {name: FolderWeights(teacher_dir / name) for name in names}
+        for part in self._parts.values():
             _refuse_other_tensors(part, self.config)
 
-    @property
-    def merged(self) -> bool:
-        return len(self._parts) > 1
+    def folders_of(self, name: str) -> list[str]:
+        """Where a tensor, or what was seen at a place, comes from: two of them are averaged."""
+        block = re.match(r"blocks\.(\d+)\.", name)
+        comes_first = name.startswith(("patch_embedding.", "condition_embedder."))
+        return EXPERT_FOLDERS[self._words[int(block[1]) if block else 0 if comes_first else -1]]
 
     def tensor(self, name: str) -> Tensor:
-        tensor = strip(name, self._parts[0].tensor(name))
-        if self.merged:
-            tensor = (tensor + strip(name, self._parts[1].tensor(name))) / 2
+        first, *others = [strip(name, self._parts[folder].tensor(name)) for folder in self.folders_of(name)]
+        tensor = sum(others, first) / (1 + len(others)) if others else first
         if not torch.isfinite(tensor).all():
             raise Corrupt(wrong="the teacher's weights are not finite", found=name, mend="fetch the teacher again")
         return tensor
+
+
+def _refuse_odd_words(words: Sequence[str]) -> None:
+    odd = [word for word in words if word not in EXPERT_FOLDERS]
+    if odd:
+        raise BadUsage(wrong="--experts names no expert", found=odd[0], mend=f"use {', '.join(EXPERT_FOLDERS)}")
 
 
 def strip(name: str, tensor: Tensor) -> Tensor:
@@ -107,7 +122,7 @@ def project(
     student: StudentConfig,
     out_dir: Path,
     *,
-    experts: Experts = "low",
+    experts: str = "low",
     statistics_path: Path | None = None,
 ) -> Report:
     """Write a student cut from the teacher in `teacher_dir` (a diffusers pipeline folder) to `out_dir`."""
@@ -126,8 +141,10 @@ def importance_of(teacher: Stripped, statistics_path: Path | None) -> Importance
     """By what a harvest saw, where it is given; of two averaged experts, the average."""
     if statistics_path is None:
         return ByNorms(teacher.tensor, teacher.config)
-    seen = [read_statistics(statistics_path, name) for name in teacher.folders]
-    mean = {name: torch.stack([each[name] for each in seen]).mean(dim=0) for name in seen[0]}
+    seen = {name: read_statistics(statistics_path, name) for name in EXPERT_FOLDERS["mean"]}
+    places = next(each for each in seen.values() if each)
+    mean = {place: torch.stack([seen[folder][place] for folder in teacher.folders_of(place)]).mean(dim=0)
+            for place in places}  # fmt: skip
     return ByActivations(teacher.tensor, teacher.config, mean)
 
 
@@ -154,7 +171,7 @@ def make_report(
     tensors = [
         TensorReport(
             name=name,
-            kind=_kind(cuts[name], shape, merged=teacher.merged, factor=factor),
+            kind=_kind(cuts[name], shape, merged=len(teacher.folders_of(cuts[name].source)) > 1, factor=factor),
             source=cuts[name].source,
             teacher_shape=teacher_shapes[cuts[name].source],
             shape=shape,
