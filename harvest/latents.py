@@ -23,7 +23,8 @@ from harvest.images import pictures_of
 from harvest.loading.folder import Resolved
 from harvest.loading.weights import load_model
 from harvest.plan import WorkItem
-from harvest.running.health import UNREADABLE, Fault
+from harvest.quarantine import Fault
+from harvest.running.health import UNREADABLE
 from harvest.teacher import Teacher, TeacherFacts
 
 Moved = Callable[[], None]

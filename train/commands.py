@@ -154,7 +154,7 @@ def sample(run_dir: Path, out: Path, num: int, steps: int | None, prompts: tuple
 @device_option
 def evaluate(run_dir: Path, num: int, steps: int | None, grader_name: str | None, as_json: bool,
              device_name: str | None) -> None:  # fmt: skip
-    """How far RUN's student is from its teacher, in answers and in pictures."""
+    """How far the student of RUN, or of one of its checkpoints, is from its teacher, in answers and in pictures."""
     prepare_environment()
     from train.dist import device_of
     from train.evaluate import evaluate as measure

@@ -23,7 +23,7 @@ from train.config import Lora, TrainConfig
 from train.guidance import refuse_guidance
 from train.lora import whole
 from train.objective import Objective, objective_of
-from train.run_folder import CONFIG_NAME, EMA_NAME, MODEL_NAME, checkpoints
+from train.run_folder import CONFIG_NAME, EMA_NAME, MODEL_NAME, newest_or_given
 from train.state import read_checkpoint
 from train.student.guidance import at_one
 from train.student.network import StudentConfig
@@ -48,12 +48,7 @@ class Finished:
 
 
 def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finished:
-    found = checkpoints(source)
-    folder = found[-1] if found else source
-    run_dir = folder.parent.parent
-    if not (run_dir / CONFIG_NAME).exists():
-        raise BadUsage(wrong="there is no checkpoint to export", found=str(source),
-                       mend="give a run, or one of its checkpoints")  # fmt: skip
+    run_dir, folder = newest_or_given(source)
     summary, files = read_checkpoint(folder)
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)

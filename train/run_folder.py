@@ -29,6 +29,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / CHECKPOINTS).glob("[0-9]*") if path.is_dir())
 
 
+def newest_or_given(source: Path) -> tuple[Path, Path]:
+    """The run and the checkpoint that `source` means: a run's newest one, or one of its checkpoints itself."""
+    found = checkpoints(source)
+    folder = found[-1] if found else source
+    run_dir = folder.parent.parent
+    if not (run_dir / CONFIG_NAME).exists() or folder.parent.name != CHECKPOINTS:
+        raise BadUsage(wrong=f"{source} has no checkpoint yet", found="neither a run that has one nor a checkpoint",
+                       mend="train first, or give a run or one of its checkpoints")  # fmt: skip
+    return run_dir, folder
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Without the lines that a full disk or a power loss has torn."""
     path = run_dir / METRICS_NAME

@@ -19,7 +19,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from common.config import load_config
-from common.errors import BadUsage
 from common.record import Record
 from common.schedule import Grid, seeded_noise
 from common.shards import ASSETS, ShardSet
@@ -29,7 +28,7 @@ from train.dist import HOST
 from train.guidance import Answer, said
 from train.lora import whole
 from train.objective import Objective, objective_of
-from train.run_folder import CONFIG_NAME, EMA_NAME, checkpoints
+from train.run_folder import CONFIG_NAME, EMA_NAME, newest_or_given
 from train.state import read_checkpoint
 from train.student.network import StudentConfig, WanLite
 from train.vae.network import load_vae
@@ -54,14 +53,12 @@ class Trained(NamedTuple):
         return said(self.student, self.objective.drawn, guidance)
 
 
-def open_run(run_dir: Path, device: torch.device = HOST) -> Trained:
-    """The moving average of the newest checkpoint, and the set it was trained on."""
-    kept = checkpoints(run_dir)
-    if not kept:
-        raise BadUsage(wrong=f"{run_dir} has no checkpoint yet", found="an empty run", mend="train first")
+def open_run(source: Path, device: torch.device = HOST) -> Trained:
+    """The moving average of a run's newest checkpoint, or of the one given, and the set it was trained on."""
+    run_dir, folder = newest_or_given(source)
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)
-    summary, files = read_checkpoint(kept[-1])
+    summary, files = read_checkpoint(folder)
     student = WanLite(StudentConfig.from_dict(summary["student"]))
     weights = whole(load(files[EMA_NAME]), config.lora, config.init, summary.get("base"))
     student.load_state_dict(weights, strict=True)

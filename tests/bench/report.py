@@ -94,7 +94,7 @@ def goals(
         line(f"{name}: bytes allocated by a step", allocated[name], TRANSIENT_BYTES, at_most=True)
     for ring in rings:
         line(f"{ring.name}: share of raw", middle(rounds[ring.name], "share"), RING)
-        line(f"{ring.name}: of the asking thread's time, CPU", ring.cpu_s / ring.wall_s, RING_CPU, at_most=True)
+        line(f"{ring.name}: of the asking thread's time, CPU", ring.cpu_share, RING_CPU, at_most=True)
     many = f"{opened['receipts']:.0f} receipts open"
     line(f"{many} ({opened['cpu_s']:.2f} s of CPU), s", opened["seconds"], OPEN_S, at_most=True)
     line(f"{many}, peak MB", opened["peak_mb"], OPEN_MB, at_most=True)

@@ -94,16 +94,19 @@ class OurReader:
         self._by_item = self._shards.manifest().by_item
         self._readers: dict[int, ShardReader] = {}
         self._buffer = Buffer(self.shape)
+        # An order of ours says shard, record and point; numbers are this bench's.
+        self._places = [place(number) for number in range(self.num_shards * RECORDS_PER_SHARD * KEEP)]
 
     def epoch(self, order: Order) -> Iterator[Batch]:
+        places, readers = self._places, self._readers
         for numbers in order.reshape(-1, BATCH):
             for number, slot in zip(numbers.tolist(), self._buffer.slots, strict=True):
-                shard, record, point = place(number)
-                self.reader(shard).read_point(record, point, slot)
+                shard, record, point = places[number]
+                (readers.get(shard) or self.reader(shard)).read_point(record, point, slot)
             yield numbers, self._buffer.tensor
 
     def close(self) -> None:
-        del self._shards, self._readers, self._buffer
+        del self._shards, self._readers, self._buffer, self._places
 
     @property
     def num_shards(self) -> int:
@@ -171,8 +174,7 @@ class FeedReader:
     def __init__(self, ours: OurReader, num_workers: int) -> None:
         how = f"ring of {num_workers}" if num_workers else "a thread"
         self.name, self._ours, self.num_workers = f"feed by {how}: {ours.name}", ours, num_workers
-        self.cpu_s = self.wall_s = 0.0
-        """Of the thread that asks, in epochs after the first one: starting is waiting."""
+        self._cpu_s, self._wall_s = 0.0, 0.0
 
     def write(self, points: NDArray[Any]) -> None:
         """They stand there already."""
@@ -189,20 +191,26 @@ class FeedReader:
         self._num_batches = order.epoch_length(0) // BATCH
         self._feed = Feed(shards, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1,
                           read_workers=self.num_workers)  # fmt: skip
-        self._steps, self._unnamed, self._is_first = iter(self._feed), np.arange(BATCH), True
+        self._steps, self._unnamed, self._is_timed = iter(self._feed), np.arange(BATCH), False
 
     def epoch(self, order: Order) -> Iterator[Batch]:
+        is_timed, self._is_timed = self._is_timed, True
         for _ in range(self.epochs_at_once * self._num_batches):
             cpu, wall = time.thread_time(), time.perf_counter()
             step = next(self._steps)
-            if not self._is_first:
-                self.cpu_s, self.wall_s = self.cpu_s + time.thread_time() - cpu, self.wall_s + time.perf_counter() - wall
+            if is_timed:
+                self._cpu_s += time.thread_time() - cpu
+                self._wall_s += time.perf_counter() - wall
             self._samples = step.samples
             latents = step.micros[0].latents.numpy()  # every third part of the points
             field = latents[0].nbytes
             shape, strides = (BATCH, 3, *latents.shape[1:]), (3 * field, field, *latents.strides[1:])
             yield self._unnamed, torch.from_numpy(np.lib.stride_tricks.as_strided(latents, shape, strides))
-        self._is_first = False
+
+    @property
+    def cpu_share(self) -> float:
+        """Of the time of the thread that asks, in epochs after the first one: starting is waiting."""
+        return self._cpu_s / self._wall_s if self._wall_s else float("nan")
 
     def numbers(self) -> Order:
         """Of the last batch; an epoch does not stop to say."""

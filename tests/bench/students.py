@@ -12,14 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.bench.curves import write_curves
 from tests.shapes.draw import shuffled, training_scenes
+from train.run_folder import checkpoints
 
 NUM_PROMPTS, SEEDS, STEPS = 1200, 2, 8
+CURVE_POINTS = 5
+CURVES_NAME = "students.json"
 GRADER = "tests.shapes.grade:grade"
 HALF = {"hidden_size": 192, "num_heads": 4, "depth": 3, "ffn_dim": 592}
 QUARTER = {"hidden_size": 144, "num_heads": 3, "depth": 3, "ffn_dim": 280}
@@ -34,17 +39,42 @@ STUDENTS: dict[str, tuple[dict[str, int], dict[str, Any], bool]] = {
 """Architecture, changes of the training configuration, whether it starts without the teacher's weights."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graded:
+    """A student when it was trained."""
+
+    name: str
+    parameters: int
+    minutes: float
+    forwards: int
+    """For a picture."""
+    teacher: float
+    """The score of its teacher's own pictures."""
+    curve: list[tuple[int, float]]
+    """Samples seen, score: at each checkpoint."""
+
+    def __str__(self) -> str:
+        samples, score = self.curve[-1]
+        return (f"| {self.name} | {self.parameters / 1e6:.2f} M | {samples} | {self.minutes:.1f} | {self.forwards} "
+                f"| {score:.3f} | {score / self.teacher:.3f} |")  # fmt: skip
+
+
 def run(teacher_dir: Path, folder: Path, *, samples: int, only: Sequence[str]) -> Iterator[str]:
     began = time.monotonic()
     config = harvest_config(teacher_dir, folder)
     called("harvest", "run", str(config))
     yield f"harvest: {NUM_PROMPTS * SEEDS * STEPS} points in {(time.monotonic() - began) / 60:.1f} min"
     yield "| student | parameters | samples | minutes | forwards | score | of its teacher's |\n" + "|---" * 7 + "|"
+    students = []
     for name in only or STUDENTS:
-        yield one(name, teacher_dir, folder, samples)
+        students.append(one(name, teacher_dir, folder, samples))
+        yield str(students[-1])
+    (folder / CURVES_NAME).write_text(json.dumps([asdict(student) for student in students], indent=1))
+    write_curves(students, folder / "students.svg")
+    yield f"the curves: {folder / 'students.svg'}"
 
 
-def one(name: str, teacher_dir: Path, folder: Path, samples: int) -> str:
+def one(name: str, teacher_dir: Path, folder: Path, samples: int) -> Graded:
     shape, changes, fresh = STUDENTS[name]
     place = folder / name.replace("/", "-").replace(" ", "_").replace(",", "")
     place.mkdir(parents=True, exist_ok=True)
@@ -55,22 +85,30 @@ def one(name: str, teacher_dir: Path, folder: Path, samples: int) -> str:
     called(
         "train", "init", *start, "--student", str(student), "--set", str(folder / "set"), "--out", str(place / "init")
     )
-    num_points = changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
-    config = yaml.safe_load(Path("configs/train/demo.yaml").read_text(encoding="utf-8")) | changes
-    config |= {"set": str(folder / "set"), "init": str(place / "init"), "out": str(place / "run"), "ema_decay": 0.998}
-    config |= {"num_epochs": samples / num_points, "log_every": 100, "checkpoint_every": 100_000}
     path = place / "train.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(train_config(place, folder, samples, changes)))
     began = time.monotonic()
     called("train", "run", str(path))
-    minutes = (time.monotonic() - began) / 60
-    report = json.loads(called("train", "eval", str(place / "run"), "--num", "256", "--grader", GRADER, "--json"))
-    graded = report["graded"]["all"]
-    num = sum(
-        tensor_size(tensor["shape"]) for tensor in json.loads((place / "init/report.json").read_text())["tensors"]
-    )
-    return (f"| {name} | {num / 1e6:.2f} M | {samples} | {minutes:.1f} | {report['steps']} | {graded['student']:.3f} "
-            f"| {graded['ratio']:.3f} |")  # fmt: skip
+    return graded(name, place, (time.monotonic() - began) / 60)
+
+
+def train_config(place: Path, folder: Path, samples: int, changes: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(Path("configs/train/demo.yaml").read_text(encoding="utf-8")) | changes
+    num_points = changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
+    steps = samples // config["batch_size"]
+    config |= {"set": str(folder / "set"), "init": str(place / "init"), "out": str(place / "run"), "ema_decay": 0.998}
+    config |= {"num_epochs": samples / num_points, "log_every": 100}
+    return config | {"checkpoint_every": steps // CURVE_POINTS, "keep_checkpoints": 2 * CURVE_POINTS}
+
+
+def graded(name: str, place: Path, minutes: float) -> Graded:
+    """Every checkpoint of a run, by its pictures of the same noise as its teacher's."""
+    curve = []
+    for checkpoint in checkpoints(place / "run"):
+        report = json.loads(called("train", "eval", str(checkpoint), "--num", "256", "--grader", GRADER, "--json"))
+        curve.append((report["samples_seen"], report["graded"]["all"]["student"]))
+    return Graded(name=name, parameters=report["parameters"], minutes=minutes, forwards=report["steps"],
+                  teacher=report["graded"]["all"]["teacher"], curve=curve)  # fmt: skip
 
 
 def harvest_config(teacher_dir: Path, folder: Path) -> Path:
@@ -84,13 +122,6 @@ def harvest_config(teacher_dir: Path, folder: Path) -> Path:
     path = folder / "harvest.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def tensor_size(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def called(*words: str) -> str:

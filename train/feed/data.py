@@ -7,10 +7,11 @@
     order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/feed/reading.py) or by
     processes (train/feed/ring.py) -> tensors over the same memory
 
-A step's memory is used again when the step after next is asked for. Nothing is allocated after the first round but
-small Python objects.
+A step's memory is used again when the next step is asked for: what is read ahead then fits the caches best. Nothing is
+allocated after the first round but small Python objects.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from common.shards import ShardSet
-from train.feed.filling import Filled
-from train.feed.order import Batch, Order, Sample, Size
-from train.feed.reading import Options, Part, PartReader, ThreadReader
+from train.feed.filling import Filled, Options
+from train.feed.order import Batch, Order, Samples, Size
+from train.feed.reading import Part, PartReader, ThreadReader
 from train.feed.ring import Ring
 from train.feed.slots import Slot, SlotPlan, Spans
 
@@ -58,7 +59,7 @@ class Micro:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     micros: tuple[Micro, ...]
-    samples: tuple[Sample, ...]
+    samples: Samples
     """Of all ranks, in global order."""
     epoch: int
     cursor: dict[str, list[int]]
@@ -79,10 +80,11 @@ class Tray:
         self._fixed = {name: torch.from_numpy(getattr(slot, name)) for name in self.FIXED}
         self._fixed |= {name: torch.from_numpy(area) for name, area in slot.ends.items()}
         self._lengths = torch.from_numpy(slot.lengths)
+        self.micro = functools.lru_cache(maxsize=64)(self._micro)
 
-    def micro(self, filled: Filled) -> Micro:
-        text = torch.from_numpy(self.slot.text(filled.num_texts, filled.longest))
-        return Micro(**self._fixed, text=text, lengths=self._lengths[: filled.num_texts])
+    def _micro(self, num_texts: int, longest: int) -> Micro:
+        text = torch.from_numpy(self.slot.text(num_texts, longest))
+        return Micro(**self._fixed, text=text, lengths=self._lengths[:num_texts])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ class Ahead:
 
     trays: tuple[Tray, ...]
     parts: tuple[Part, ...]
-    samples: tuple[Sample, ...]
+    samples: Samples
     epoch: int
     cursor: dict[str, list[int]]
 
@@ -113,7 +115,7 @@ class Feed:
         self._text_rows = min(text_max_length or shards.contract.text_length, shards.contract.text_length)
         self._spans = spans
         self._said: set[tuple[str, int]] = set()
-        self._num_ahead = 2 * max(1, read_workers) - 1  # one part read and one waiting, for each reader
+        self._num_slots = max(1, read_workers) + 1  # the step in the loop's hands, and one that each reader reads
         self._trays: dict[tuple[int, Size], tuple[Tray, ...]] = {}
         self._ahead: deque[Ahead] = deque()
         self._num_submitted = 0
@@ -132,7 +134,7 @@ class Feed:
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            while len(self._ahead) <= self._num_ahead:
+            while len(self._ahead) < self._num_slots:
                 self._submit(self._order.next_batch(self._global_batch))
             yield self._finish(self._ahead.popleft())
 
@@ -141,11 +143,11 @@ class Feed:
 
     def _submit(self, batch: Batch) -> None:
         mine = batch.for_rank(self._rank, self._world)
-        # The one in the loop's hands, and the one before it, are left alone.
-        trays = self._trays_of(self._num_submitted % (self._num_ahead + 2), batch.size)
+        trays = self._trays_of(self._num_submitted % self._num_slots, batch.size)
         parts = []
         for number, tray in enumerate(trays):
             samples = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
+            tray.slot.request[:] = samples.rows
             parts.append(Part(batch=self._num_submitted, slot=tray.slot, samples=samples))
             self._reader.submit(parts[-1])
         self._ahead.append(Ahead(trays=trays, parts=tuple(parts), samples=batch.samples, epoch=batch.epoch,
@@ -158,7 +160,7 @@ class Feed:
             filled = self._reader.wait(part, deadline_s=self._deadline_s)
             if filled.skipped or filled.num_cut:
                 self._count(part, filled)
-            micros.append(tray.micro(filled))
+            micros.append(tray.micro(filled.num_texts, filled.longest))
         return Step(micros=tuple(micros), samples=ahead.samples, epoch=ahead.epoch, cursor=ahead.cursor)
 
     def _trays_of(self, number: int, size: Size) -> tuple[Tray, ...]:

@@ -13,21 +13,24 @@ behind, as a share of its epoch, so that sizes interleave in proportion. No stat
 ranks sees the same global sequence.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Partial
 from common.manifest import Receipt
+from common.record import Array
 
 Size = tuple[int, int]
 Points = tuple[int, ...]
 Integers = NDArray[np.int64]
+ROW = np.dtype([("stem", "S32"), ("record", "<i4"), ("point", "<i4")])
+"""A sample as numbers: what is permuted, cut into batches and handed to whoever reads."""
 _ROUNDS = 6
-_BLOCK = 1024
+_BLOCK = 4096
 
 
 class Sample(NamedTuple):
@@ -42,15 +45,40 @@ class Sample(NamedTuple):
         return f"{self.receipt.item}/{self.record}/{self.point}"
 
 
+class Samples(Sequence[Sample]):
+    """Rows, of which each becomes a Sample when somebody asks for it: a step needs few of them."""
+
+    __slots__ = ("_receipts", "rows")
+
+    def __init__(self, rows: Array, receipts: Mapping[bytes, Receipt]) -> None:
+        self.rows, self._receipts = rows, receipts  # [N] ROW
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+        if isinstance(index, slice):
+            return Samples(self.rows[index], self._receipts)
+        stem, record, point = self.rows.item(index)
+        return Sample(self._receipts[stem], record, point)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Samples) and np.array_equal(self.rows, other.rows)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The samples of one optimizer step, of all ranks."""
 
     size: Size
-    samples: tuple[Sample, ...]
+    samples: Samples
     epoch: int
 
-    def for_rank(self, rank: int, world: int) -> tuple[Sample, ...]:
+    def for_rank(self, rank: int, world: int) -> Samples:
         return self.samples[rank::world]
 
 
@@ -58,37 +86,42 @@ class Stream:
     """One size's samples in one epoch, in a permuted order. `points`: of each record only these."""
 
     def __init__(self, receipts: tuple[Receipt, ...], key: tuple[int, int], points: Points | None = None) -> None:
-        self._receipts, self._key, self._points = receipts, key, None if points is None else np.array(points)
+        self._key, self._points = key, None if points is None else np.array(points)
+        self._stems = np.array([receipt.stem for receipt in receipts], ROW["stem"])
         kept = [np.flatnonzero(~receipt.held_out_records()) for receipt in receipts]
         self._num_points = np.array([len(points or range(receipt.num_points)) for receipt in receipts], np.int64)
         self._kept = np.concatenate([np.empty(0, np.int64), *kept])
         self._first_kept = np.cumsum([0, *map(len, kept)], dtype=np.int64)[:-1]
         self._ends = np.cumsum(self._num_points * [len(part) for part in kept], dtype=np.int64)
-        self._block: tuple[int, list[Sample]] = (-1, [])
+        self._length = int(self._ends[-1]) if len(self._ends) else 0
+        self._block = -1, np.empty(0, ROW)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._length
 
-    def run(self, first: int, count: int) -> list[Sample]:
-        """Samples first..first+count-1. Permuted a block at a time: numpy costs the same for 32 as for a thousand."""
-        samples: list[Sample] = []
-        while len(samples) < count:
-            number, begin = divmod(first + len(samples), _BLOCK)
+    def run(self, first: int, count: int) -> list[Array]:
+        """Rows of samples first..first+count-1, in parts. Permuted a block at a time: numpy costs the same for 32 as
+        for a thousand."""
+        parts: list[Array] = []
+        while count:
+            number, begin = divmod(first, _BLOCK)
             if self._block[0] != number:
-                self._block = number, self._samples(number)
-            samples += self._block[1][begin : begin + count - len(samples)]
-        return samples
+                self._block = number, self._rows(number)
+            parts.append(self._block[1][begin : begin + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return parts
 
-    def _samples(self, block: int) -> list[Sample]:
+    def _rows(self, block: int) -> Array:
         positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, len(self)))
         indices = permuted(positions, len(self), self._key)
         shards = np.searchsorted(self._ends, indices, side="right")
         begins = np.concatenate([[0], self._ends[:-1]])
         records, points = np.divmod(indices - begins[shards], self._num_points[shards])
-        records = self._kept[self._first_kept[shards] + records]
-        points = points if self._points is None else self._points[points]
-        receipts = map(self._receipts.__getitem__, shards.tolist())
-        return list(map(Sample._make, zip(receipts, records.tolist(), points.tolist(), strict=True)))
+        rows = np.empty(len(positions), ROW)
+        rows["stem"] = self._stems[shards]
+        rows["record"] = self._kept[self._first_kept[shards] + records]
+        rows["point"] = points if self._points is None else self._points[points]
+        return rows
 
 
 @dataclass(slots=True)
@@ -113,6 +146,8 @@ class Order:
         """`points`: of each record only these are samples."""
         self._seed, self._freeze, self._points = seed, freeze, points
         self._epochs: dict[int, dict[Size, Stream]] = {}
+        self._receipts: dict[bytes, Receipt] = {}
+        """Of all epochs, by stem."""
         places = {_size(name): Place(*place) for name, place in (cursor or {}).items()}
         self._places: dict[Size, Place] = places or {size: Place() for size in self._streams(0)}
 
@@ -124,17 +159,19 @@ class Order:
         size = min(sorted(self._places), key=self._progress)
         place = self._places[size]
         first_epoch = place.epoch
-        samples: list[Sample] = []
-        while len(samples) < num_samples:
+        parts: list[Array] = []
+        wanted = num_samples
+        while wanted:
             stream = self._streams(place.epoch).get(size)
             left = len(stream) - place.position if stream else 0
             if stream and left:
-                take = min(left, num_samples - len(samples))
-                samples += stream.run(place.position, take)
-                place.position += take
+                take = min(left, wanted)
+                parts += stream.run(place.position, take)
+                place.position, wanted = place.position + take, wanted - take
             else:
                 self._turn_the_page(size)
-        return Batch(size=size, samples=tuple(samples), epoch=first_epoch)
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return Batch(size=size, samples=Samples(rows, self._receipts), epoch=first_epoch)
 
     def epoch_length(self, epoch: int) -> int:
         return sum(len(stream) for stream in self._streams(epoch).values())
@@ -155,6 +192,7 @@ class Order:
             by_size: dict[Size, list[Receipt]] = {}
             for receipt in self._freeze(epoch):
                 by_size.setdefault((receipt.height, receipt.width), []).append(receipt)
+                self._receipts[receipt.stem.encode()] = receipt
             self._epochs[epoch] = {
                 size: stream
                 for size, receipts in sorted(by_size.items())
@@ -175,21 +213,28 @@ def permuted(positions: Integers, size: int, key: tuple[int, int]) -> Integers:
     """A bijection of 0..size-1, computed where it is needed: a Feistel network on the next even number of bits,
     walked until it lands inside (Black & Rogaway, 'Ciphers with Arbitrary Finite Domains', 2002)."""
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
+    salts = [
+        np.uint64((key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xD1B54A32D192ED03 + number) * 0x94D049BB133111EB % 2**64)
+        for number in range(_ROUNDS)
+    ]
+
+    # A short epoch: all steps are taken at once, and the walk is by look-up.
+    is_short = 1 << 2 * half <= 4 * len(positions)
+    steps = _feistel(np.arange(1 << 2 * half, dtype=np.uint64), half, salts) if is_short else None
     out = np.asarray(positions, np.uint64).copy()
-    outside = np.ones(len(out), bool)
-    while outside.any():
-        out[outside] = _feistel(out[outside], half, mask, key)
-        outside = out >= size
+    outside = np.arange(len(out))
+    while len(outside):
+        out[outside] = _feistel(out[outside], half, salts) if steps is None else steps[out[outside]]
+        outside = outside[out[outside] >= size]
     return out.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half: int, mask: np.uint64, key: tuple[int, int]) -> NDArray[np.uint64]:
-    left, right = values >> np.uint64(half), values & mask
-    for number in range(_ROUNDS):
-        salt = (key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xD1B54A32D192ED03 + number) * 0x94D049BB133111EB
-        left, right = right, left ^ (_mixed(right, np.uint64(salt & 0xFFFF_FFFF_FFFF_FFFF)) & mask)
-    return (left << np.uint64(half)) | right
+def _feistel(values: NDArray[np.uint64], half: int, salts: Sequence[np.uint64]) -> NDArray[np.uint64]:
+    width, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> width, values & mask
+    for salt in salts:
+        left, right = right, left ^ (_mixed(right, salt) & mask)
+    return (left << width) | right
 
 
 def _mixed(values: NDArray[np.uint64], salt: np.uint64) -> NDArray[np.uint64]:

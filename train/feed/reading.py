@@ -2,6 +2,7 @@
 
 reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"))     or train/feed/ring.py's Ring: processes
 slot = reader.slot(plan)                              once; used again and again
+slot.request[:] = samples.rows
 part = Part(batch=17, slot=slot, samples=samples)
 reader.submit(part)                                   returns at once
 filled = reader.wait(part, deadline_s=300)            the slot holds it; what went wrong is raised here
@@ -17,33 +18,21 @@ import numpy as np
 
 from common.errors import Partial
 from common.shards import ShardSet
-from train.feed.filling import Filled, Filler
-from train.feed.order import Sample
-from train.feed.slots import Slot, SlotPlan, Spans
+from train.feed.filling import Filled, Filler, Options
+from train.feed.order import Samples
+from train.feed.slots import Slot, SlotPlan
 
 NOT_BEGUN = -1
 """A reader's progress before its first row."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What every reader of a run is told."""
-
-    text_rows: int
-    on_corrupt: str
-    library: bool = False
-    """Shards through zarr-python and tarfile, not by offset."""
-    spans: Spans | None = None
-    """With each point the state at its segment's end, see train/objective.py."""
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Part:
-    """One micro-batch; its reader sets `outcome`."""
+    """One micro-batch, requested in its slot; its reader sets `outcome`."""
 
     batch: int
     slot: Slot
-    samples: tuple[Sample, ...]
+    samples: Samples
     outcome: Filled | Exception | None = None
     num_deaths: int = 0
     """Of processes that were reading it."""
@@ -75,8 +64,7 @@ class ThreadReader:
     """Fills parts in the order in which they come."""
 
     def __init__(self, shards: ShardSet, options: Options) -> None:
-        self._filler = Filler(shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt,
-                              by_segments=bool(options.spans))  # fmt: skip
+        self._filler = Filler(shards, options)
         self._progress = np.full(1, NOT_BEGUN, np.int64)
         self._asked: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._answered: queue.SimpleQueue[Part] = queue.SimpleQueue()
@@ -107,7 +95,7 @@ class ThreadReader:
     def _run(self) -> None:
         while (part := self._asked.get()) is not None and not self._closed:
             try:
-                part.outcome = self._filler.fill(part.slot, part.samples, self._progress)
+                part.outcome = self._filler.fill(part.slot, self._progress)
             except Exception as error:  # whatever it is, who waits for the part raises it
                 part.outcome = error
             self._answered.put(part)

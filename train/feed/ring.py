@@ -5,7 +5,7 @@
     ring.submit(Part(batch=17, slot=slot, samples=samples))     to the worker that has least to do
     filled = ring.wait(part, deadline_s=300)
 
-    samples -> named in the slot -> a worker reads them into it -> its answer over the worker's own channel
+    samples, named in the slot -> a line that says which slot -> a worker reads them into it -> a line of answer
 
 The memory is a file without a name: whoever dies, nothing stays in /dev/shm. A worker that dies closes its channel:
 it is heard at once, replaced, and its parts are read again. A worker whose parent died hears the same and ends.
@@ -17,27 +17,28 @@ import json
 import mmap
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import common.errors
 from common.errors import BadUsage, Fault, Partial
 from common.record import Array
-from train.feed.filling import Filled
-from train.feed.reading import NOT_BEGUN, Options, Part, late
+from train.feed.filling import Filled, Options
+from train.feed.reading import NOT_BEGUN, Part, late
 from train.feed.ring_worker import PROGRESS_BYTES, progress_of
 from train.feed.slots import Slot, SlotPlan
 
 MAX_DEATHS = 3
 """Of workers at one and the same part."""
 MAX_WORKERS = PROGRESS_BYTES // 8
+ANSWER_BYTES = 1 << 12
 _ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -56,8 +57,10 @@ class Hand:
 
     number: int
     process: subprocess.Popen[bytes]
-    channel: Connection
+    channel: socket.socket
     progress: Array  # [1] int64
+    rest: bytes = b""
+    """Of an answer whose line has not come to its end."""
     parts: deque[Part] = field(default_factory=deque)
     """Given to it and not answered yet; it is at the first one."""
 
@@ -91,16 +94,14 @@ class Ring:
     def slot(self, plan: SlotPlan) -> Slot:
         offset = self._grow(plan.num_bytes)
         task = {"offset": offset, "size": plan.size, "num_samples": plan.num_samples}
-        self._tasks[offset] = json.dumps(task).encode()
+        self._tasks[offset] = json.dumps(task).encode() + b"\n"
         return Slot(plan, mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset), offset=offset)
 
     def submit(self, part: Part) -> None:
-        part.slot.request[:] = [(stem.encode(), record, point) for (stem, record, point) in _named(part)]
         self._give(min(self._hands.values(), key=lambda hand: len(hand.parts)), part)
 
     def wait(self, part: Part, *, deadline_s: float) -> Filled:
         until = time.monotonic() + deadline_s
-        self._hear(0)
         while part.outcome is None:
             left = until - time.monotonic()
             if left <= 0 or not self._hear(left):
@@ -123,7 +124,7 @@ class Ring:
         return offset
 
     def _start(self, number: int) -> Hand:
-        here, there = Pipe()
+        here, there = socket.socketpair()
         progress = progress_of(self._memory_fd, number)
         progress[0] = NOT_BEGUN
         options = json.dumps(dataclasses.asdict(self._options))
@@ -142,18 +143,21 @@ class Ring:
     def _give(self, hand: Hand, part: Part) -> None:
         hand.parts.append(part)
         with contextlib.suppress(OSError):  # it is dead: heard when its channel is read
-            hand.channel.send_bytes(self._tasks[part.slot.offset])
+            hand.channel.sendall(self._tasks[part.slot.offset])
 
     def _hear(self, timeout_s: float) -> bool:
-        """One message of each worker that has something to say; False when none had."""
+        """What the workers have to say; False when none had."""
         ready = {fd for fd, _ in self._poll.poll(timeout_s * 1000)}
         for hand in [hand for hand in self._hands.values() if hand.channel.fileno() in ready]:
             try:
-                answer = json.loads(hand.channel.recv_bytes())
-            except (EOFError, ConnectionError):
+                said = hand.channel.recv(ANSWER_BYTES)
+            except ConnectionError:
+                said = b""
+            if not said:
                 self._replace(hand)
-            else:
-                hand.parts.popleft().outcome = _outcome(answer)
+            *answers, hand.rest = (hand.rest + said).split(b"\n")
+            for answer in answers:
+                hand.parts.popleft().outcome = _outcome(json.loads(answer))
         return bool(ready)
 
     def _replace(self, dead: Hand) -> None:
@@ -177,10 +181,6 @@ class Ring:
                 found=f"the last one was {doing}",
                 mend="see what they wrote above and whether memory is short, verify the set; or set read_workers: 0",
             )
-
-
-def _named(part: Part) -> list[tuple[str, int, int]]:
-    return [(sample.receipt.stem, sample.record, sample.point) for sample in part.samples]
 
 
 def _outcome(answer: Any) -> Filled | Fault:

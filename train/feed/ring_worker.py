@@ -1,29 +1,26 @@
 """A process that fills slots of the ring: `python -m train.feed.ring_worker SET MEMORY_FD CHANNEL_FD NUMBER OPTIONS`.
 
 Started by ring.py, never by hand. It imports no torch, holds nothing that lasts, and ends when its parent does: the
-channel is then at its end. Messages are JSON; what is big lies in the shared memory.
+channel is then at its end. Messages are lines of JSON; what is big lies in the shared memory.
 
     {"offset", "size", "num_samples"} -> the slot there and its request -> filled -> a Filled, or the fault
 """
 
-import functools
+import contextlib
 import json
 import mmap
 import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import Fault, Refused
-from common.manifest import Receipt
+from common.errors import Fault
 from common.record import Array
 from common.shards import ShardSet
-from train.feed.filling import Filler
-from train.feed.order import Sample
-from train.feed.reading import Options
+from train.feed.filling import Filler, Options
 from train.feed.slots import Slot, SlotPlan
 
 PROGRESS_BYTES = 4096
@@ -41,41 +38,25 @@ class Worker:
     def __init__(self, set_path: Path, memory_fd: int, number: int, options: Options) -> None:
         self._shards = ShardSet.open(set_path, library=options.library)
         self._memory_fd, self._options = memory_fd, options
-        self._filler = Filler(self._shards, text_rows=options.text_rows, on_corrupt=options.on_corrupt,
-                              by_segments=bool(options.spans))  # fmt: skip
+        self._filler = Filler(self._shards, options)
         self._progress = progress_of(memory_fd, number)
-        self._slots: dict[int, Slot] = {}
-        self._receipt = functools.lru_cache(maxsize=1024)(self._read_receipt)
+        self._slots: dict[bytes, Slot] = {}
+        """By the line that asks for it."""
 
-    def answer(self, message: bytes) -> bytes:
-        task = json.loads(message)
+    def answer(self, task: bytes) -> bytes:
         try:
-            slot = self._slot(task)
-            samples = [Sample(self._receipt(stem), record, point) for stem, record, point in slot.request.tolist()]
-            return json.dumps(self._filler.fill(slot, samples, self._progress)).encode()
+            slot = self._slots.get(task) or self._mapped(task)
+            return json.dumps(self._filler.fill(slot, self._progress)).encode()
         except Fault as fault:
             return fault_to_json(fault)
 
-    def _slot(self, task: dict[str, Any]) -> Slot:
-        offset = task["offset"]
-        if offset not in self._slots:
-            plan = SlotPlan(contract=self._shards.contract, size=tuple(task["size"]), num_samples=task["num_samples"],
-                            text_rows=self._options.text_rows, spans=self._options.spans)  # fmt: skip
-            memory = mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset)
-            self._slots[offset] = Slot(plan, memory, offset=offset)
-        return self._slots[offset]
-
-    def _read_receipt(self, stem: bytes) -> Receipt:
-        """The one that the epoch was frozen with: its stem says its content."""
-        item = stem.decode().partition("-")[0]
-        receipt = Receipt.read(self._shards.receipt_path(item))
-        if receipt.stem != stem.decode():
-            raise Refused(
-                wrong=f"item {item} is another than when its epoch began",
-                found=f"{receipt.stem}, was {stem.decode()}",
-                mend="start a new run, or restore the shard",
-            )
-        return receipt
+    def _mapped(self, task: bytes) -> Slot:
+        said: dict[str, Any] = json.loads(task)
+        plan = SlotPlan(contract=self._shards.contract, size=tuple(said["size"]), num_samples=said["num_samples"],
+                        text_rows=self._options.text_rows, spans=self._options.spans)  # fmt: skip
+        memory = mmap.mmap(self._memory_fd, plan.num_bytes, offset=said["offset"])
+        slot = self._slots[task] = Slot(plan, memory, offset=said["offset"])
+        return slot
 
 
 def fault_to_json(fault: Fault) -> bytes:
@@ -87,13 +68,11 @@ def main(set_path: str, memory_fd: str, channel_fd: str, number: str, options: s
     # Who asks the run to stop means the training loop, which ends us when its step is done.
     for number_of_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_of_signal, signal.SIG_IGN)
-    channel = Connection(int(channel_fd))
-    try:
-        worker = Worker(Path(set_path), int(memory_fd), int(number), Options(**json.loads(options)))
-        while True:
-            channel.send_bytes(worker.answer(channel.recv_bytes()))
-    except (EOFError, ConnectionError):
-        return
+    channel = socket.socket(fileno=int(channel_fd))
+    worker = Worker(Path(set_path), int(memory_fd), int(number), Options(**json.loads(options)))
+    with contextlib.suppress(ConnectionError):
+        for task in channel.makefile("rb"):
+            channel.sendall(worker.answer(task) + b"\n")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ import numpy as np
 
 from common.encoding import Encoding, PlainEncoding, encoding_of
 from common.record import Array, Contract
-from train.feed.order import Size
+from train.feed.order import ROW, Size
 
-REQUEST = np.dtype([("stem", "S32"), ("record", "<i4"), ("point", "<i4")])
-"""How a sample is named in shared memory."""
 Spans = tuple[tuple[int, int], ...]
 """Begin -> end of a segment, both numbers among the points that every record keeps; FINAL: the record's end point."""
 FINAL = -1
@@ -73,7 +71,7 @@ class SlotPlan:
             points["end"] = (self.contract.storage_dtype, (n, *self.state_shape))
         text = (self.contract.storage_dtype, (n * self.text_rows * self.contract.text_dim,))
         return {
-            "request": (REQUEST, (n,)),
+            "request": (ROW, (n,)),
             **{name: (np.dtype(dtype), (n,)) for name, dtype in scalars.items()},
             **points,
             "text": text,
@@ -97,8 +95,11 @@ class Slot:
         self._is_plain = plan.is_plain
         if self._is_plain:
             self._rows = [row.data.cast("B") for row in arrays["points"]]
+            self.buffers: list[tuple[memoryview]] | None = [(row,) for row in self._rows]
+            """Per row what preadv fills; None: what is stored must be decoded."""
             self.latents, self.cond, self.uncond = self._encoding.unpack(arrays["points"])
         else:
+            self.buffers = None
             self._stored = np.empty((1, *self._encoding.point_shape), self._encoding.dtype)
             self.latents, self.cond, self.uncond = arrays["latents"], arrays["cond"], arrays["uncond"]
 
