@@ -7,7 +7,7 @@ Both containers come down to this: what Zarr and tar differ in is only where the
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from common.errors import Corrupt
 
 CRC_BYTES = 4
+CLOSED = -1
 
 
 def crc32c(data: Any) -> int:
@@ -41,43 +42,46 @@ class Extents:
         self._crcs, self._name = crcs, name
         self._checked = bytearray(len(offsets))
         """One byte a piece: a bytearray answers in a third of the time of an array."""
-        self._fd: int | None = None
+        self._fd = CLOSED
 
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def place(self, index: int) -> tuple[int, int] | None:
+        """Open file and offset of a piece that was checked before: who reads many looks all of them up, then reads."""
+        return (self._fd, self.offsets.item(index)) if self._checked[index] else None
+
     def read(self, index: int, out: memoryview) -> None:
         """Fill `out` (exactly `length` bytes) with piece `index`."""
-        if self._fd is not None and self._checked[index]:  # the way of every read but the first: no Python to spare
+        if self._checked[index]:  # of every read but the first: no Python to spare
             got = os.preadv(self._fd, (out,), self.offsets.item(index))
             if got != self.length:
-                raise self._cut_short(index, got)
-            return
-        trailer = bytearray(CRC_BYTES if self._crcs is None else 0)
-        self._pread([out, trailer], int(self.offsets[index]), index)
-        if not self._checked[index]:
-            expected = int.from_bytes(trailer, "little") if self._crcs is None else int(self._crcs[index])
-            self._compare(index, out, expected)
+                raise self._cut_short(index, got, self.length)
+        elif self._crcs is None:
+            trailer = bytearray(CRC_BYTES)
+            self._pread((out, trailer), self.length + CRC_BYTES, index)
+            self._compare(index, out, int.from_bytes(trailer, "little"))
+        else:
+            self._pread((out,), self.length, index)
+            self._compare(index, out, self._crcs.item(index))
 
     def read_run(self, first: int, count: int) -> NDArray[np.uint8]:
         """`count` neighbouring pieces in one read, as rows."""
         stride = self.length + (CRC_BYTES if self._crcs is None else 0)
         assert (np.diff(self.offsets[first : first + count]) == stride).all(), "pieces of a run lie side by side"
         rows = np.empty((count, stride), np.uint8)
-        self._pread([rows.data.cast("B")], int(self.offsets[first]), first)
-        for row in range(count):
-            index = first + row
+        self._pread((rows.data.cast("B"),), rows.nbytes, first)
+        for row, index in enumerate(range(first, first + count)):
             if not self._checked[index]:
                 tail = rows[row, self.length :].tobytes()
-                expected = int.from_bytes(tail, "little") if self._crcs is None else int(self._crcs[index])
-                self._compare(index, rows[row, : self.length].tobytes(), expected)
+                expected = int.from_bytes(tail, "little") if self._crcs is None else self._crcs.item(index)
+                self._compare(index, rows[row, : self.length], expected)
         return np.ascontiguousarray(rows[:, : self.length])
 
-    def _pread(self, buffers: list[Any], offset: int, index: int) -> None:
-        if self._fd is None:
+    def _pread(self, buffers: Sequence[Any], wanted: int, index: int) -> None:
+        if self._fd == CLOSED:
             self._fd = os.open(self.path, os.O_RDONLY)
-        wanted = sum(len(buffer) for buffer in buffers)
-        got = os.preadv(self._fd, buffers, offset)
+        got = os.preadv(self._fd, buffers, self.offsets.item(index))
         if got != wanted:  # a short read of a regular file is its end
             raise self._cut_short(index, got, wanted)
 
@@ -87,8 +91,8 @@ class Extents:
             raise self._corrupt(index, f"crc32c {found:08x}, written as {expected:08x}")
         self._checked[index] = 1
 
-    def _cut_short(self, index: int, got: int, wanted: int | None = None) -> Corrupt:
-        return self._corrupt(index, f"{got} bytes where {wanted or self.length} were written")
+    def _cut_short(self, index: int, got: int, wanted: int) -> Corrupt:
+        return self._corrupt(index, f"{got} bytes where {wanted} were written")
 
     def _corrupt(self, index: int, found: str) -> Corrupt:
         return Corrupt(
@@ -98,9 +102,9 @@ class Extents:
         )
 
     def close(self) -> None:
-        if self._fd is not None:
+        if self._fd != CLOSED:
             os.close(self._fd)
-            self._fd = None
+            self._fd, self._checked = CLOSED, bytearray(len(self))
 
     def __del__(self) -> None:
         self.close()

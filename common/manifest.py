@@ -39,7 +39,7 @@ class Receipt:
     container: str
     """zarr | tar, or an archive: zarr+zstd | zarr+pcodec"""
     stem: str
-    """Of the names under shards/; it holds the start of `digest`, so another content is another name."""
+    """Of the names under shards/; it holds a digest of the shard's own bytes, so other bytes are another name."""
     contract: str
     """Digest of what the records mean."""
     num_records: int

@@ -84,9 +84,10 @@ class OffsetReader:
             raise self._damaged("its header or index", str(error)) from None
         self.header = self.tables.header
         _require_fit(self.header, receipt)
+        self._num_points, self._read = receipt.num_points, self.tables.points.read
 
     def read_point(self, record: int, point: int, out: memoryview) -> None:
-        self.tables.points.read(record * self.receipt.num_points + point, out)
+        self._read(record * self._num_points + point, out)
 
     def read_text(self, prompt: int) -> Array:
         rows = self.header.text_rows(prompt)

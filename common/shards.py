@@ -5,12 +5,13 @@ shards.commit(records, numerics)                  shard on disk, then its receip
 for receipt in shards.manifest().receipts:
     reader = shards.read(receipt)                 see common/shard_reader.py
 
-set/ contract.json  receipts/<item>.json  shards/<item>-<digest>.zarr|.tar+.idx  quarantine/  assets/  runs/
+set/ contract.json  receipts/<item>.json  shards/<item>-<of its bytes>.zarr|.tar+.idx  quarantine/  assets/  runs/
 """
 
 import base64
 import errno
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -148,12 +149,12 @@ class ShardSet:
 
 def make_receipt(shard: PackedShard, contract: Contract, container: str, files: dict[str, bytes]) -> Receipt:
     header = shard.header
-    digest = hashlib.sha256("".join(header.digests).encode()).hexdigest()
+    facts = {name: [len(data), crc32c(data)] for name, data in files.items()}
     held_out = np.packbits([is_held_out(header.prompts[prompt]) for prompt in header.prompt_of])
     return Receipt(
         item=header.item,
         container=container,
-        stem=f"{header.item}-{digest[:8]}",
+        stem=f"{header.item}-{_sha256(json.dumps(facts, sort_keys=True))[:8]}",
         contract=header.contract,
         num_records=len(header.keys),
         num_points=header.timesteps.shape[1],
@@ -163,10 +164,14 @@ def make_receipt(shard: PackedShard, contract: Contract, container: str, files: 
         held_out=base64.b64encode(held_out.tobytes()).decode(),
         guided_error=header.guided_error,
         guided_std=three_digits(_guided_std(shard, contract)),
-        digest=digest,
-        files={name: [len(data), crc32c(data)] for name, data in files.items()},
+        digest=_sha256("".join(header.digests)),
+        files=facts,
         numerics=header.numerics,
     )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _guided_std(shard: PackedShard, contract: Contract) -> float:

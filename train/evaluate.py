@@ -30,6 +30,7 @@ from train.start import first_student
 from train.watching import NUM_HELD_OUT
 
 Grader = Callable[[np.ndarray, str], Any]
+NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
 def evaluate(run_dir: Path, *, num: int, steps: int | None, grader: Grader | None,
@@ -71,18 +72,19 @@ def psnr(mine: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def graded(grader: Grader, pictures: np.ndarray, prompts: list[str]) -> dict[str, float]:
-    """Property -> mean over the pictures."""
+    """Property -> mean over the pictures; what a grader does not say of a picture has not been passed."""
     grades = [properties(grader(picture, prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
-    return {name: float(np.mean([grade[name] for grade in grades])) for name in grades[0]}
+    names = sorted({name for grade in grades for name in grade})
+    return {name: float(np.mean([grade.get(name, 0.0) for grade in grades])) for name in names}
 
 
 def properties(grade: Any) -> dict[str, float]:
-    if isinstance(grade, bool | int | float | np.number | np.bool_):
+    if isinstance(grade, NUMBERS):
         return {"score": float(grade)}
     named = grade if isinstance(grade, Mapping) else {
         name: getattr(grade, name) for name in dir(grade) if not name.startswith("_")
     }  # fmt: skip
-    return {name: float(value) for name, value in named.items() if isinstance(value, bool | int | float)}
+    return {name: float(value) for name, value in named.items() if isinstance(value, NUMBERS)}
 
 
 def compared(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, dict[str, float | None]]:

@@ -7,7 +7,9 @@ byte; a lost tar index too. A shard whose records do not match their digests get
 """
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from common.errors import Corrupt
@@ -56,6 +58,8 @@ def _from_shard(shards: ShardSet, path: Path) -> Receipt:
         container = _container_of(path)
         shard = CONTAINERS[container].load(stem)
         _require_digests(shard, shards)
+        if not re.fullmatch(rf"{shard.header.item}-[0-9a-f]{{8}}", stem.name):
+            raise ValueError(f"it holds item {shard.header.item}")
     except (ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError) as error:
         raise Corrupt(
             wrong=f"{path.name} gets no receipt",
@@ -69,7 +73,8 @@ def _from_shard(shards: ShardSet, path: Path) -> Receipt:
         for top in shards.shards_dir.glob(f"{stem.name}.*")
         for part in ([top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file()))
     }
-    return make_receipt(shard, shards.contract, container, dict(sorted(files.items())))
+    receipt = make_receipt(shard, shards.contract, container, dict(sorted(files.items())))
+    return replace(receipt, stem=stem.name)  # the name that it has, whatever a writer of today would call it
 
 
 def _container_of(path: Path) -> str:

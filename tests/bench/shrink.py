@@ -29,7 +29,7 @@ from train.student.importance import ByNorms, Importance
 from train.student.network import StudentConfig, WanLite, load_student
 from train.student.projection import Stripped, cut_out, importance_of, statistics_of
 
-EVERY, BATCH, NUM_RECORDS = 20, 32, 64
+EVERY, BATCH, NUM_RECORDS = 40, 32, 32
 EXPERT = 1
 """The low-noise one, which cuts start from."""
 SIZES = {"1/2": (3 / 4, 2 / 3, 1.0), "1/4": (1 / 2, 1 / 2, 1.0), "1/8": (1 / 2, 1 / 2, 1 / 2)}

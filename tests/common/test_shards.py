@@ -112,6 +112,21 @@ class TestCommit:
         assert tree(shards.path) == before
 
     @pytest.mark.parametrize("container", ["zarr", "tar"])
+    def test_a_leftover_of_other_numerics_stops_nobody(self, tmp_path: Path, container: str) -> None:
+        """Equal records, other bytes: each has its own name, and who comes back finds his own again."""
+        records, other = [made_record(number) for number in range(3)], dataclasses.replace(NUMERICS, threads=9)
+        shards = ShardSet.create(tmp_path / "set", made_contract())
+        left = shards.commit(records, NUMERICS, container=container)
+        shards.receipt_path(left.item).unlink()  # as if killed before it
+        receipt = shards.commit(records, other, container=container)
+        assert (receipt.digest, receipt.numerics) == (left.digest, other) and receipt.stem != left.stem
+        check_records(shards.read(receipt))
+        before = tree(shards.shards_dir, without=())
+        shards.receipt_path(left.item).unlink()
+        assert shards.commit(records, NUMERICS, container=container) == left
+        assert tree(shards.shards_dir, without=()) == before
+
+    @pytest.mark.parametrize("container", ["zarr", "tar"])
     def test_a_receipt_whose_shard_is_gone_commits_nothing(self, tmp_path: Path, container: str) -> None:
         """Worked again, the item is written again, byte for byte; a torn one is named, never taken for done."""
         records = [made_record(number) for number in range(3)]

@@ -15,7 +15,7 @@ from harvest.granary.carry import LocalPlace, carry
 from harvest.granary.compare import compare
 from harvest.granary.rebuild import rebuild
 from harvest.granary.select import Choice, convert, merge, subset
-from harvest.granary.verify import verify
+from harvest.granary.verify import require_whole, verify
 from tests.made import NUMERICS, command, made_contract, made_record, planned, tree
 
 
@@ -87,6 +87,18 @@ class TestRebuild:
         made = list(rebuild(shards))
         assert made == [first, second] and tree(shards.path) == before
         assert list(rebuild(shards)) == []
+
+    @pytest.mark.parametrize("container", ["zarr", "tar"])
+    def test_a_shard_keeps_the_name_that_it_has(self, tmp_path: Path, container: str) -> None:
+        """Sets are older than the rule by which names are given now."""
+        shards = a_set(tmp_path / "set", range(4), container=container)
+        (now,) = shards.manifest().receipts
+        older = dataclasses.replace(now, stem=f"{now.item}-{now.digest[:8]}")
+        for path in shards.shards_dir.iterdir():
+            path.rename(path.with_name(path.name.replace(now.stem, older.stem)))
+        shards.receipt_path(now.item).unlink()
+        assert list(rebuild(shards)) == [older] and shards.manifest().receipts == (older,)
+        require_whole(shards, older)
 
     @pytest.mark.parametrize("container", ["zarr", "tar"])
     def test_a_damaged_shard_gets_no_receipt(self, tmp_path: Path, container: str) -> None:
