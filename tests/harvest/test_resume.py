@@ -11,6 +11,7 @@ import yaml
 
 from common.shards import RUNS, ShardSet
 from harvest.config import HarvestConfig
+from harvest.quarantine import notes_of
 from tests.made import PROMPTS, command, harvest_config, harvest_here, planned, started, tree
 
 
@@ -121,9 +122,8 @@ def test_a_record_that_is_not_finite_is_set_aside(tmp_path: Path, micro_wan: Pat
     config = harvest_config(tmp_path / "set", broken, prompts={"limit": 2})
     with pytest.raises(Partial, match="4 records were set aside"):
         harvest_here(config)
-    (path,) = (tmp_path / "set" / "quarantine").glob("[!.]*.json")
-    entries = json.loads(path.read_bytes())
-    assert len(entries) == 4 and all("expert 1" in entry["where"] for entry in entries)
+    (note,) = notes_of(tmp_path / "set")
+    assert len(note.faults) == 4 and all("expert 1" in fault["where"] for fault in note.faults)
     shards = ShardSet.open(tmp_path / "set")
     assert shards.manifest().num_records == 0 and list(planned(config).remaining(shards)) == []
 
