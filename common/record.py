@@ -176,9 +176,18 @@ class Numerics:
     threads: int
     torch: str
     diffusers: str
+    # What receipts did not say from the beginning: without it they mean its default.
+    sdpa: str = ""
+    """Kernels of torch's attention, `+` between those of different layers; empty: not written down."""
+    encoder: str = ""
+    """Where prompts were encoded; empty: on `device`."""
+    compiled: bool = False
+    """The repeated blocks, by torch.compile."""
 
     def difference(self, other: "Numerics") -> list[str]:
-        return _difference(self, other)
+        """What is known to differ: where one side does not say its kernels, nothing is."""
+        known = self if self.sdpa and other.sdpa else dataclasses.replace(self, sdpa=other.sdpa)
+        return _difference(known, other)
 
 
 def _difference(mine: Any, theirs: Any) -> list[str]:

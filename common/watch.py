@@ -62,6 +62,9 @@ class Watch:
         self._facts |= facts
         self._moved_at, self._stalled = time.monotonic(), False
 
+    def heed(self) -> None:
+        """Raises where somebody asked to stop; for whoever waits for what may never move."""
+
     def __enter__(self) -> Self:
         return self
 

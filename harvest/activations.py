@@ -40,9 +40,11 @@ class Listener:
             self._attach(name, expert)
 
     def close(self) -> None:
+        """Who is attended again is heard again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._known.clear()
 
     def means(self) -> dict[str, Tensor]:
         return {name: (total / self._counts[name]).float().cpu() for name, total in sorted(self._sums.items())}

@@ -26,6 +26,9 @@ class TeacherConfig(Section):
     """What is computed in; modules that a model keeps in float32 stay so."""
     prepared: Path | None = None
     """Where the weights are kept converted (`python -m harvest prepare`); made there if need be, used when fresh."""
+    broadcast: bool = False
+    """Of the workers that this machine starts together one reads the weights, and the others' GPUs receive them from
+    its own: for GPUs that share a link to the host. Networks that take turns are read by each."""
     rehash: bool = False
     """Take the fingerprint from the weights' bytes again, not from what was written down of these very files."""
     device: str = "auto"
@@ -43,6 +46,11 @@ class TeacherConfig(Section):
     collapsed_padding: bool = True
     """Padding rows are equal, so two keys with a bias stand for all of them; and the texts' keys and values, which do
     not depend on the timestep, are computed once a micro-batch. Exact but for rounding; off for proofs."""
+    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    """Which of torch's kernels compute it; auto: torch's own choice, which the numerics name."""
+    compile: bool = False
+    """The experts' repeated block by torch.compile, a shape at a time: minutes at the beginning, each forward faster.
+    For networks that stay whole on one device."""
 
     @field_validator("placement")
     @classmethod

@@ -79,7 +79,14 @@ def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         diffusers=diffusers.__version__,
+        sdpa=teacher.sdpa,
+        encoder="" if _kind(teacher.encoder_device) == _kind(teacher.device) else _kind(teacher.encoder_device),
+        compiled=config.teacher.compile,
     )
+
+
+def _kind(device: str) -> str:
+    return device.split(":")[0]
 
 
 def say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) -> None:
@@ -87,6 +94,8 @@ def say_numerics(shards: ShardSet, mine: Numerics, log: Log, *, strict: bool) ->
     others = {receipt.numerics for receipt in shards.manifest().receipts} - {mine}
     for other in others:
         told = ", ".join(mine.difference(other))
+        if not told:  # of before receipts said all of it
+            continue
         if strict:
             raise Refused(wrong="the set holds shards of other numerics", found=told, mend="run without --strict")
         log.say(f"the set holds shards of other numerics (this run | those): {told}")

@@ -88,10 +88,13 @@ def report(config: HarvestConfig, means: Means) -> Iterator[str]:
 
 
 def answers_of(task: Task) -> tuple[float, float]:
-    """Micro-batches that each expert answers: along the walks, and at the end points where it is asked again."""
+    """Micro-batches that each expert answers: along the walks on the solver's own grid, those of samples included, and
+    at the end points where it is asked again."""
     config, experts = task.config, _experts(task)
-    num_batches = sum(-(-len(item.questions) // config.micro_batch) for item in task.plan.items)
-    walked = [0.0, 0.0] if config.source == "images" else [float(num_batches * experts.count(e)) for e in (0, 1)]
+    items = () if config.source == "images" else task.plan.items
+    num_batches = sum(-(-len(group) // config.micro_batch)
+                      for group in [task.missing_samples, *(item.questions for item in items)])  # fmt: skip
+    walked = [float(num_batches * experts.count(e)) for e in (0, 1)]
     if config.source == "trajectory":
         return walked[0], walked[1]
     chosen = task.plan.items[:: -(-len(task.plan.items) // SAMPLED)]

@@ -12,9 +12,15 @@
 
 The whole item goes through the high-noise expert first, then through the other: one change of experts an item.
 Every state is rounded before the teacher sees it, kept or not, so keeping a step never changes the path.
+
+Where an expert is split over GPUs, `teacher.in_flight` micro-batches are walked side by side, a step of each in turn:
+
+    GPU 0   a1 b1 a2 b2 a3 ...        nothing in a step waits for a device, so the launches run ahead of the GPUs, and
+    GPU 1      a1 b1 a2 b2 a3         each has the next micro-batch waiting when it has done with one
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,9 +32,12 @@ from torch import Tensor
 from common.record import Array, Contract, Record
 from common.schedule import Grid, contract_grid, expert_of, kept_steps, renoise_noise, seeded_noise
 from harvest.copies import Copies
+from harvest.loading.transfer import sent
 from harvest.plan import Question, WorkItem
 from harvest.solvers import Solver, Step, solver_of
 from harvest.teacher import Teacher
+
+DONE = object()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +108,7 @@ def rollout(
     ends: Mapping[str, Tensor] = {}
     if pictures is not None:
         with stage("pictures"):
+            teacher.make_room()
             ends = pictures.latents(item)
         batches = [tuple(question for question in batch if question.key in ends) for batch in batches]
     prompts = list(dict.fromkeys(question.prompt for batch in batches for question in batch))
@@ -118,15 +128,32 @@ def rollout(
     experts = range(contract.num_experts())
     with stage("denoise"):
         for expert in experts if pictures is None else ():
-            for group in groups:
-                _walk(teacher, group, expert, negative, contract, moved)
+            walks = (_walk(teacher, group, expert, negative, contract) for group in groups)
+            side_by_side(walks, teacher.in_flight, moved)
         if contract.source != "trajectory":
             for expert in reversed(experts):  # the one that is loaded first
-                for group in groups:
-                    _ask_again(teacher, group.walkers, expert, negative, contract, micro_batch, moved)
+                walks = (
+                    _ask_again(teacher, group.walkers, expert, negative, contract, micro_batch) for group in groups
+                )
+                side_by_side(walks, teacher.in_flight, moved)
     with stage("copy"):
         copies.settle()
         return [walker.record(item) for walker in walkers]
+
+
+def side_by_side(walks: Iterable[Iterator[None]], width: int, moved: Callable[[], None]) -> None:
+    """To their ends, a step of each in turn; `width` of them are under way at once. `moved` is called after each."""
+    waiting, under_way = iter(walks), deque[Iterator[None]]()
+    while True:
+        if len(under_way) < width and (begun := next(waiting, None)) is not None:
+            under_way.append(begun)
+            continue
+        if not under_way:
+            return
+        walk = under_way.popleft()
+        if next(walk, DONE) is not DONE:
+            under_way.append(walk)
+            moved()
 
 
 def _start(question: Question, item: WorkItem, texts: Mapping[str, Tensor], ends: Mapping[str, Tensor],
@@ -147,12 +174,11 @@ def _start(question: Question, item: WorkItem, texts: Mapping[str, Tensor], ends
     )
 
 
-def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contract: Contract,
-          moved: Callable[[], None]) -> None:  # fmt: skip
-    """One micro-batch through one expert's steps."""
+def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contract: Contract) -> Iterator[None]:
+    """One micro-batch through one expert's steps, one at a time."""
     walkers = group.walkers
     condition = teacher.condition([walker.text for walker in walkers], negative)
-    state = torch.stack([walker.state for walker in walkers]).to(teacher.device)  # [B, C, H, W]
+    state = sent(torch.stack([walker.state for walker in walkers]), teacher.device)  # [B, C, H, W]
     for step in _steps_of(walkers, expert):
         t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker in walkers]))
         levels = (walker.grid.at(step) for walker in walkers)
@@ -166,34 +192,34 @@ def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contrac
         guided = uncond + contract.guidance[expert] * (cond - uncond)
         state = group.solver(Step(state=state, fed=fed, guided=guided, sigma=sigma, after=after, scale=scale,
                                   timestep=float(t[0])))  # fmt: skip
-        moved()
+        yield
     for row, walker in enumerate(walkers):
         walker.state = state[row]
 
 
 def _ask_again(teacher: Teacher, walkers: list[Walker], expert: int, negative: Tensor, contract: Contract,
-               micro_batch: int, moved: Callable[[], None]) -> None:  # fmt: skip
+               micro_batch: int) -> Iterator[None]:  # fmt: skip
     """The kept levels of one expert, at the end points under fresh noise."""
     asked = [(walker, int(step)) for walker in walkers for step in walker.kept if walker.experts[step] == expert]
     for start in range(0, len(asked), micro_batch):
         part = asked[start : start + micro_batch]
         condition = teacher.condition([walker.text for walker, _ in part], negative)
-        clean = torch.stack([walker.state for walker, _ in part]).to(teacher.device)
+        clean = sent(torch.stack([walker.state for walker, _ in part]), teacher.device)
         noise = np.stack([renoise_noise(walker.question.key, step, tuple(clean.shape[1:])) for walker, step in part])
         levels = (walker.grid.at(step) for walker, step in part)
         sigma, _, scale = (_column(values, clean) for values in zip(*levels, strict=True))
-        state = (1 - sigma) * clean + sigma * torch.from_numpy(noise).to(clean.device)
+        state = (1 - sigma) * clean + sigma * sent(torch.from_numpy(noise), teacher.device)
         fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
         t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker, step in part]))
         cond, uncond = teacher.predict(fed, t, condition)
         for row, (walker, step) in enumerate(part):
             walker.keep(step, row, fed, cond, uncond)
-        moved()
+        yield
 
 
 def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:
     """One number a row, to multiply a [B, C, H, W] by."""
-    return torch.tensor(np.array(values, np.float32), device=like.device).view(-1, 1, 1, 1)
+    return sent(torch.from_numpy(np.array(values, np.float32)), str(like.device)).view(-1, 1, 1, 1)
 
 
 def _steps_of(walkers: list[Walker], expert: int) -> Iterator[int]:

@@ -56,18 +56,22 @@ class Work:
     records: int = 4
     height: int = 512
     width: int = 512
+    pictures: bool = False
+    """Pictures are encoded too, by the folder's VAE."""
 
 
 def work_of(config: HarvestConfig, sizes: Collection[tuple[int, int]] = ()) -> Work:
     """`sizes`: (height, width) of what is planned; prompts may bring their own, the largest decides."""
     height, width = max(sizes or [(config.height, config.width)], key=lambda size: size[0] * size[1])
-    return Work(records=config.micro_batch, height=height, width=width)
+    return Work(records=config.micro_batch, height=height, width=width, pictures=config.images is not None)
 
 
 class ExpertListener(Protocol):
     """See harvest/activations.py."""
 
     def attend(self, name: str, expert: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Teacher(Protocol):
@@ -77,12 +81,20 @@ class Teacher(Protocol):
     fingerprints: Fingerprints
     compute_dtype: str
     device: str
+    encoder_device: str
     attention: str
+    sdpa: str
+    """Kernels of its attention: see harvest/loading/kernels.py."""
+    in_flight: int
+    """Micro-batches to walk side by side, so that no device waits: one for each that an expert is split over."""
     listener: "ExpertListener | None"
     """Is told of each expert before its forwards, where a teacher has blocks that a student is cut from."""
 
     def encode(self, prompts: list[str]) -> "list[Tensor]":
         """Each prompt's rows [L, D] on the CPU in float32, each computed alone, so that neighbours never matter."""
+
+    def make_room(self) -> None:
+        """What takes turns on the device leaves it: somebody else is to work there."""
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         """Of each prompt, before anything is cut at `facts.text_length`."""

@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import Refused
 from common.log import human_bytes, human_seconds
 from harvest.loading.folder import Component, Resolved
-from harvest.loading.measure import TEXT_ENCODER, size_of
+from harvest.loading.measure import TEXT_ENCODER, Needs, size_of
 from harvest.placing.placement import place
 from harvest.placing.places import CPU, Machine, Placement, Size, Wish
 from harvest.teacher import Work
@@ -33,7 +33,7 @@ DISKS = {"HDD 0.15 GB/s": 0.15, "SATA 0.5 GB/s": 0.5, "NVMe 3 GB/s": 3.0}
 WHAT = {
     "`replicate`": "every expert stays on each GPU, one worker a GPU; the encoder stays too, or comes for its turn",
     "`swap`": "one expert at a time on the GPU, the other waits in pinned host memory: one exchange a shard",
-    "`balanced`": "each expert's blocks over all GPUs, one process (set `workers: 1`); the GPUs take turns",
+    "`balanced`": "each expert's blocks over all GPUs, one process (set `workers: 1`); one micro-batch a GPU under way",
     "`stream`": "blocks pass through a GPU that is smaller than an expert, the next one behind the one at work",
     "`gpu0`": "as `replicate`, on the first GPU alone",
     "`cpu`": "everything on the CPU",
@@ -70,9 +70,9 @@ def _component(name: str) -> Component:
     return Component(name=name, library=library, class_name="", folder=Path(), config=config, variant=None, files=())
 
 
-def work_reserve(dtype: Any, work: Work = WORK) -> int:
+def true_needs(dtype: Any, work: Work = WORK) -> Needs:
     from harvest.config import TeacherConfig
-    from harvest.teachers.wan import work_bytes
+    from harvest.teachers.wan import needs_of
 
     vae = Component(name="vae", library="diffusers", class_name="", folder=Path(), variant=None, files=(),
                     config={"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16})  # fmt: skip
@@ -80,26 +80,27 @@ def work_reserve(dtype: Any, work: Work = WORK) -> int:
                           folder=Path("configs/teachers/shapes/scheduler"))  # fmt: skip
     parts = {"transformer": _component("transformer"), "vae": vae, "scheduler": scheduler}
     resolved = Resolved(folder=Path(), pipeline="WanPipeline", scalars={}, components=parts)
-    return work_bytes(TeacherConfig(folder=Path()), resolved, work, dtype)
+    return needs_of(TeacherConfig(folder=Path()), resolved, work, dtype)
 
 
 def page() -> Iterator[str]:
     import torch
 
     shapes = true_shapes()
-    sizes, reserve = true_sizes(torch.bfloat16, shapes), work_reserve(torch.bfloat16)
+    sizes, needs = true_sizes(torch.bfloat16, shapes), true_needs(torch.bfloat16)
     files = {
         "official, float32": {size.name: size.num_bytes for size in true_sizes(torch.float32, shapes)},
         "prepared, bfloat16": {size.name: size.num_bytes for size in sizes},
     }
-    yield from _head(sizes, reserve)
+    yield from _head(sizes, needs)
     yield "| machine | host memory | prepared | placement | text encoder | experts | on a GPU | in host memory | cost |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for num_gpus, gpu, host in MACHINES:
         machine = Machine(gpus={f"cuda:{n}": gpu * GB for n in range(num_gpus)}, host=host * GB)
         name = f"{num_gpus} x {gpu} GB" if num_gpus else "CPU"
         for is_prepared in (False, True):
-            wish = Wish(work_bytes=reserve, prepared=is_prepared)
+            wish = Wish(work_bytes=needs.work_bytes, kept_bytes=needs.kept_bytes, text_bytes=needs.text_bytes,
+                        prepared=is_prepared)  # fmt: skip
             yield f"| {name} | {host} GB | {'yes' if is_prepared else 'no'} | {_row(sizes, machine, wish)} |"
     yield ""
     yield from _seconds(files)
@@ -127,7 +128,7 @@ def _where(plan: Placement, name: str) -> str:
     return how + (", mapped" if "mapped" in (at.kept, other.kept) else "")
 
 
-def _head(sizes: list[Size], reserve: int) -> list[str]:
+def _head(sizes: list[Size], needs: Needs) -> list[str]:
     told = ", ".join(f"{size.name} {human_bytes(size.num_bytes)}" for size in sizes)
     return [
         "# Where a teacher's networks go",
@@ -139,7 +140,8 @@ def _head(sizes: list[Size], reserve: int) -> list[str]:
         *_wrapped(f"""
             Wan 2.2 T2V A14B in bfloat16 (modules that stay float32 counted so): {told}. Beside the weights a
             forward of {WORK.records} records at {WORK.height}x{WORK.width}, cond and uncond in one batch, is given
-            {human_bytes(reserve)}, and each GPU 1.0 GB for its context. `memory_budget` is 0.9 of what is free;
+            {human_bytes(needs.work_bytes)}, of which {human_bytes(needs.kept_bytes)} are the texts' keys and values,
+            and each GPU 1.0 GB for its context. `memory_budget` is 0.9 of what is free;
             here all of a GPU is. GB are 10^9 bytes."""),
         "| placement | what it does |",
         "|---|---|",
@@ -149,7 +151,8 @@ def _head(sizes: list[Size], reserve: int) -> list[str]:
             `auto` takes the first of replicate, swap, balanced, stream that fits with the encoder on a GPU, then
             with it on the CPU; and `cpu` where there is no GPU. With `teacher.prepared`, what does not fit into
             host memory is mapped from the prepared file (`mapped`), and the disk is read again where memory is
-            short."""),
+            short. With source images the folder's VAE (float32) and the work on one tile of 512 are planned for too:
+            it waits in host memory and comes while no expert works."""),
     ]
 
 

@@ -4,14 +4,15 @@
     arrivals.moved(loading="transformer", file=..., bytes_read=..., bytes_total=...)     from any thread
     model = arrivals.wait(future, "transformer")        says progress every few seconds; a file that blocks is named
 
-While somebody waits his wait is the watch's progress: what stands still reaches the watch's deadline (stacks, state
-`stalled`), and before that a line here names component, file, file system, the threads' states and the memory.
+Whoever waits hears a wish to stop, also while nothing moves. His wait is the watch's progress: what stands still
+reaches the watch's deadline (stacks, state `stalled`), and before that a line here names component, file, file system,
+the threads' states and the memory.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ class Arrivals:
     def __init__(self, watch: Watch, log: Log, folders: Mapping[str, Path]) -> None:
         """folders: where each component lies, for the report."""
         self._watch, self._log, self._folders = watch, log, folders
+        self.look: Callable[[], None] = lambda: None
+        """Called while somebody waits; may raise."""
         self._facts: dict[str, dict[str, Any]] = {}
         self._began: dict[str, float] = {}
         self._changes = 0
@@ -41,8 +44,10 @@ class Arrivals:
         """The result; meanwhile what is known is said."""
         seen, quiet_since, told_at = -1, time.monotonic(), time.monotonic()
         patience, bytes_told = QUIET_S, self._bytes()
-        while not future.done():
+        while not wait([future], TICK_S if quiet_since < time.monotonic() - TICK_S else TICK_S / 10).done:
             now = time.monotonic()
+            self._watch.heed()
+            self.look()
             if self._changes != seen:
                 seen, quiet_since, patience = self._changes, now, QUIET_S
                 self._watch.moved(**{"loading": name, **self._facts.get(name, {})})
@@ -52,8 +57,6 @@ class Arrivals:
             elif now - told_at > SAY_S:
                 told_at = now
                 self._say_progress()
-            # Not `result(timeout)`: it raises what a task's own TimeoutError looks like.
-            time.sleep(TICK_S if now - quiet_since > TICK_S else TICK_S / 10)
         return future.result()
 
     def _bytes(self) -> int:

@@ -2,13 +2,14 @@
 
 sizes = sizes_of(resolved, names, torch.bfloat16)        no weight is read
 machine = machine_at_hand("auto")                        what is free now
-wish = wish_of(config, work_bytes)
+wish = wish_of(config, needs)
 """
 
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,31 @@ import torch
 
 from common.errors import BadUsage
 from harvest.config import TeacherConfig
+from harvest.latents import TILE
 from harvest.loading.folder import Component, Resolved
 from harvest.loading.identity import tied_names
+from harvest.loading.kernels import Ask
 from harvest.loading.weights import Moved, class_of, policy_dtype, stored_tensors
 from harvest.placing.placement import MAP
-from harvest.placing.places import Machine, Size, Wish, module_of, workers_here
+from harvest.placing.places import VAE, Machine, Size, Wish, module_of, workers_here
+from harvest.teacher import Work
 
 TEXT_ENCODER = "text_encoder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Of the largest forward that will be asked for, beside the weights."""
+
+    work_bytes: int = 0
+    """Everything."""
+    kept_bytes: int = 0
+    """Of it, what each block keeps as long as a micro-batch is under way."""
+    text_bytes: int = 0
+    """Of it, the texts that a micro-batch brings."""
+    tile_bytes: int | None = None
+    """Of the VAE, at a picture's tile; None: no picture is encoded."""
+    attention: tuple[Ask, ...] = ()
 
 
 def sizes_of(
@@ -46,6 +65,27 @@ def size_of(part: Component, shapes: Mapping[str, tuple[int, ...]], model: Any, 
         modules[module_of(name)] = modules.get(module_of(name), 0) + num_bytes
     order = sorted(modules, key=_natural)
     return Size(name=part.name, is_encoder=part.name == TEXT_ENCODER, modules={name: modules[name] for name in order})
+
+
+def vae_sizes(resolved: Resolved, needs: Needs, moved: Moved = lambda **_: None) -> list[Size]:
+    """The VAE in float32, where pictures are encoded (harvest/latents.py); it is loaded apart."""
+    if needs.tile_bytes is None:
+        return []
+    return [
+        replace(size, is_encoder=True, own_work=needs.tile_bytes)
+        for size in sizes_of(resolved, [VAE], torch.float32, moved)
+    ]
+
+
+def tile_bytes(resolved: Resolved, work: Work) -> int | None:
+    """What encoding a tile needs beside the VAE: some copies of the stream at its widest, which is at full size."""
+    if not work.pictures:
+        return None
+    vae = resolved.components[VAE].config
+    shrunk = vae.get("patch_size") or 1  # so many pixels a side come in as channels
+    channels = vae["base_dim"] if "base_dim" in vae else vae["block_out_channels"][0]
+    places = min(work.height, TILE) * min(work.width, TILE) // shrunk**2
+    return int(places * 12 * (channels + shrunk**2) * 4)
 
 
 def _natural(module: str) -> list[tuple[bool, int, str]]:
@@ -80,7 +120,7 @@ def available_host_bytes() -> int:
     return available if limit == "max" else max(min(available, int(limit) - used), 0)
 
 
-def wish_of(config: TeacherConfig, work_bytes: int) -> Wish:
+def wish_of(config: TeacherConfig, needs: Needs) -> Wish:
     told = config.placement
     if isinstance(told, str) and told.endswith(".json"):
         told = _read_map(Path(told))
@@ -89,7 +129,9 @@ def wish_of(config: TeacherConfig, work_bytes: int) -> Wish:
         modules={} if isinstance(told, str) else told,
         text_encoder=config.text_encoder,
         budget=config.memory_budget,
-        work_bytes=work_bytes,
+        work_bytes=needs.work_bytes,
+        kept_bytes=needs.kept_bytes,
+        text_bytes=needs.text_bytes,
         prepared=config.prepared is not None,
     )
 

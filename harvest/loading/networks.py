@@ -11,7 +11,7 @@ What may start early starts early: nobody waits for a network that is not asked 
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 from common.errors import Refused
 from common.tensor_file import read_header
 from harvest.loading.arrivals import Arrivals
+from harvest.loading.circle import PULSE_S, Circle
 from harvest.loading.folder import Component
-from harvest.loading.identity import THREADS, Digests
+from harvest.loading.hands import Hands, patiently
+from harvest.loading.identity import THREADS, Digests, tied_names
 from harvest.loading.transfer import Lanes, Turns, pinned
-from harvest.loading.weights import build, fill_model
+from harvest.loading.weights import assigned, build, fill_model
 from harvest.placing.places import DISK, Place, Placement, module_of
 
 AT_ONCE = 2
@@ -32,28 +34,44 @@ AT_ONCE = 2
 
 class Networks:
     def __init__(
-        self, parts: Sequence[Component], placement: Placement, dtype: torch.dtype, arrivals: Arrivals
-    ) -> None:
-        """parts: in the order in which they are needed."""
+        self, parts: Sequence[Component], placement: Placement, dtype: torch.dtype, arrivals: Arrivals,
+        circle: Circle | None = None,
+    ) -> None:  # fmt: skip
+        """parts: in the order in which they are needed; circle: who shares those that stay where they compute."""
         self._parts, self._placement, self._dtype = parts, placement, dtype
         self._arrivals, self._lanes, self._turns = arrivals, Lanes(), Turns(placement.device)
-        self._coming: dict[str, Future[Any]] = {}
-        self._pools: tuple[ThreadPoolExecutor, ...] = ()
+        self._circle, self._coming = circle, dict[str, Future[Any]]()
+        self._pools: tuple[Hands, ...] = ()
+        if circle:
+            arrivals.look = circle.look
 
     def start(self, digests: dict[str, Digests] | None = None) -> None:
         """digests: filled, by component, with those of tensors that are not prepared."""
         models = {part.name: build(part) for part in self._parts}
-        bytes_pool, components = ThreadPoolExecutor(THREADS, "bytes"), ThreadPoolExecutor(AT_ONCE, "components")
+        bytes_pool, components = Hands(THREADS, "bytes"), Hands(AT_ONCE, "components")
+        speaker = Hands(1 if self._circle else 0, "speaker")  # one, so that all of them say all in one order
+        shared = shared_parts(self._parts, self._placement) if self._circle else []
         for part in self._parts:
             told = None if digests is None else digests.setdefault(part.name, {})
-            self._coming[part.name] = components.submit(self._bring_in, part, models[part.name], bytes_pool, told)
-        components.shutdown(wait=False)
-        self._pools = (components, bytes_pool)
+            if part in shared and self._circle and self._circle.rank:
+                coming = speaker.submit(self._receive, self._circle, part, models[part.name], told)
+            else:
+                coming = components.submit(self._bring_in, part, models[part.name], bytes_pool, told)
+                if part in shared and self._circle:
+                    coming = speaker.submit(self._share, self._circle, part, coming, told)
+            self._coming[part.name] = coming
+        if self._circle:
+            speaker.submit(self._circle.leave)
+        self._pools = (components, speaker, bytes_pool)
+        components.finish()
+        speaker.finish()
+        for coming in self._coming.values():
+            coming.add_done_callback(lambda _: self._when_all_are_in(bytes_pool))
 
     def abandon(self) -> None:
         """What is not begun yet never begins: who was asked to stop does not wait for 57 GB."""
         for pool in self._pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.leave()
 
     def model(self, name: str) -> Any:
         """Once it is in, wherever it is."""
@@ -68,11 +86,41 @@ class Networks:
         self._turns.clear()  # the plan counts on it: a forward has the room of whoever takes turns
         return model
 
+    def make_room(self) -> None:
+        self._turns.clear()
+
+    @property
+    def in_flight(self) -> int:
+        return self._placement.in_flight
+
     def device_of(self, name: str) -> str:
         """Where its inputs go."""
         return self._placement.of(name).device
 
-    def _bring_in(self, part: Component, model: Any, pool: ThreadPoolExecutor, digests: Digests | None) -> Any:
+    def _when_all_are_in(self, bytes_pool: Hands) -> None:
+        if all(coming.done() for coming in self._coming.values()):
+            bytes_pool.finish()
+
+    def _share(self, circle: Circle, part: Component, coming: "Future[Any]", digests: Digests | None) -> Any:
+        """Once it is in."""
+        model = patiently(coming, circle.pulse, every_s=PULSE_S)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
+        circle.give(part.name, tensors, {"digests": digests})
+        return model
+
+    def _receive(self, circle: Circle, part: Component, model: Any, digests: Digests | None) -> Any:
+        place = self._placement.of(part.name)
+
+        def make(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+            self._arrivals.moved(loading=part.name, file="from another worker")
+            return torch.empty(shape, dtype=dtype, device=place.device)
+
+        notes, tensors = circle.take(part.name, make)
+        if digests is not None:
+            digests |= notes["digests"]
+        return settle(assigned(part, model, tensors, digests), place, part)
+
+    def _bring_in(self, part: Component, model: Any, pool: Hands, digests: Digests | None) -> Any:
         place = self._placement.of(part.name)
 
         def put(name: str, tensor: Tensor) -> Tensor:
@@ -85,6 +133,13 @@ class Networks:
         moved = self._arrivals.moved
         fill_model(part, model, self._dtype, pool=pool, moved=moved, put=put, mapped=mapped, digests=digests)
         return settle(model, place, part)
+
+
+def shared_parts(parts: Sequence[Component], placement: Placement) -> list[Component]:
+    """Those that stay on the one device; prepared ones on a CPU are mapped, and shared by that already."""
+    places = [(part, placement.of(part.name)) for part in parts]
+    here = [(part, place) for part, place in places if place.device == placement.device]
+    return [part for part, place in here if place.how == "resident" or (place.how == "host" and not part.prepared)]
 
 
 def _device_of_tensor(place: Place, name: str) -> str:

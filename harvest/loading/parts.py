@@ -1,6 +1,6 @@
 """What every teacher needs of its folder: device and dtype chosen, networks placed and on their way, their identity.
 
-    parts = load_parts(config, resolved, ("text_encoder", "transformer", "transformer_2"), watch, log, work_bytes)
+    parts = load_parts(config, resolved, ("text_encoder", "transformer", "transformer_2"), watch, log, needs)
     parts.networks.ready("transformer"), parts.tokenizer, parts.fingerprints
 
 Where the identity of these very files is known (prepared, or seen before) it returns with the first two networks in,
@@ -9,7 +9,6 @@ and the last one comes behind; else all of them are read and hashed first, for t
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,16 @@ from common.log import Log, gpu_label
 from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.loading.arrivals import Arrivals
+from harvest.loading.circle import Circle, join
 from harvest.loading.folder import Component, Resolved
+from harvest.loading.hands import Hands
 from harvest.loading.identity import Digests, Remembered, fingerprint, fingerprint_files, tensor_digests
-from harvest.loading.measure import TEXT_ENCODER, machine_at_hand, sizes_of, wish_of
+from harvest.loading.kernels import Kernels, choose_kernels, require_compilable
+from harvest.loading.measure import TEXT_ENCODER, Needs, machine_at_hand, sizes_of, vae_sizes, wish_of
 from harvest.loading.networks import Networks
 from harvest.loading.prepare import from_prepared, prepare, prepared_digests
 from harvest.placing.placement import place
-from harvest.placing.places import Placement
+from harvest.placing.places import VAE, Placement
 from harvest.teacher import Fingerprints
 
 TOKENIZER = "tokenizer"
@@ -42,25 +44,30 @@ class Parts:
     networks: Networks
     tokenizer: Any
     fingerprints: Fingerprints
+    kernels: Kernels
 
 
 def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], watch: Watch, log: Log,
-               work_bytes: int = 0, check: Check = lambda _: "") -> Parts:  # fmt: skip
+               needs: Needs, check: Check = lambda _: "") -> Parts:  # fmt: skip
     """The named networks, the text encoder first, then in the order in which they are needed."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
     if config.prepared is not None:
         watch.moved(preparing=str(config.prepared))
-        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log, watch.moved))
+        resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log, watch.moved, watch.heed))
     log.say(f"teacher {config.folder} on {device_name(device)} in {dtype_name(dtype)}: {resolved.summary()}")
     chosen = [resolved.components[name] for name in names]
     arrivals = Arrivals(watch, log, {part.name: part.folder for part in chosen})
-    placement = _placed(config, resolved, names, dtype, work_bytes, arrivals)
+    placement = _placed(config, resolved, names, dtype, needs, arrivals)
     for line in placement.lines():
         log.say(f"placement {line}")
+    require_compilable(config, placement)
+    kernels = choose_kernels(config, placement.device, dtype, needs.attention)
+    log.say(f"attention by {kernels.told}" + (", torch's own choice" if kernels.backend is None else ""))
     _bound_allocator(placement)
     memory = Remembered(chosen, dtype)
     known = None if config.rehash else memory.recall()
-    networks = Networks(chosen, placement, dtype, arrivals)
+    circle = _circle(config, chosen, placement, dtype, known, watch, arrivals, log)
+    networks = Networks(chosen, placement, dtype, arrivals, circle)
     hashed: dict[str, Digests] = {}
     with contextlib.ExitStack() as on_fault:
         on_fault.callback(networks.abandon)
@@ -73,6 +80,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
             networks=networks,
             tokenizer=load_tokenizer(tokenizer),
             fingerprints=_fingerprints(digests, tokenizer),
+            kernels=kernels,
         )
         for name in names[:2]:
             networks.model(name)
@@ -86,14 +94,26 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     return parts
 
 
-def _placed(config: TeacherConfig, resolved: Resolved, names: Sequence[str], dtype: torch.dtype, work_bytes: int,
+def _placed(config: TeacherConfig, resolved: Resolved, names: Sequence[str], dtype: torch.dtype, needs: Needs,
             arrivals: Arrivals) -> Placement:  # fmt: skip
     """The files' headers are read in a thread: they are the first bytes that a disk may keep to itself."""
-    with ThreadPoolExecutor(1) as pool:
+    hand = Hands(1, "headers")
+    try:
         sizes = [
-            arrivals.wait(pool.submit(sizes_of, resolved, [name], dtype, arrivals.moved), name)[0] for name in names
+            arrivals.wait(hand.submit(sizes_of, resolved, [name], dtype, arrivals.moved), name)[0] for name in names
         ]
-    return place(sizes, machine_at_hand(config.device), wish_of(config, work_bytes))
+        sizes += arrivals.wait(hand.submit(vae_sizes, resolved, needs, arrivals.moved), VAE)
+    finally:
+        hand.finish()
+    return place(sizes, machine_at_hand(config.device), wish_of(config, needs))
+
+
+def _circle(config: TeacherConfig, chosen: Sequence[Component], placement: Placement, dtype: torch.dtype,
+            known: Mapping[str, Any] | None, watch: Watch, arrivals: Arrivals, log: Log) -> Circle | None:  # fmt: skip
+    files = [str(path) for part in chosen for path in part.files]
+    places = [f"{place.name} {place.how} {place.kept}" for place in placement.places]
+    what = {"files": files, "dtype": str(dtype), "places": places, "known": known is not None}
+    return join(config, placement.device, what, watch, arrivals.moved, log)
 
 
 def _digests(part: Component, networks: Networks, config: TeacherConfig, known: Mapping[str, Any] | None,

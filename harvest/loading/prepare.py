@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from common.files import sweep, sync_folder, write_atomic
 from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
 from harvest.loading.folder import Component, Resolved
+from harvest.loading.hands import Hands, patiently
 from harvest.loading.identity import THREADS, tensor_digest, tied_names
 from harvest.loading.weights import TORCH_DTYPES, Moved, build, class_of, policy_dtype, read_tensor, sources_of
 
@@ -38,9 +38,11 @@ POLICY_VERSION = 1
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, moved: Moved = lambda **_: None) -> Path:
+def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, moved: Moved = lambda **_: None,
+            heed: Callable[[], None] = lambda: None) -> Path:  # fmt: skip
     """Convert every component that has weights; what is prepared and fresh is left alone. `moved` hears of every
-    tensor, and of every look at another process that converts the same; it may raise to stop."""
+    tensor, and of every look at another process that converts the same; it may raise to stop, as `heed` may, which is
+    called while a tensor does not come."""
     if is_fresh(resolved, out_dir, dtype):
         log.say(f"{out_dir} is prepared already")
         return out_dir
@@ -51,12 +53,12 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, mov
     what = f"the preparation of {out_dir}"
     with claimed(out_dir / LOCK_NAME, what, waiting=lambda holder: moved(loading="prepare", waiting_for=holder)):
         if not is_fresh(resolved, out_dir, dtype):
-            _convert(todo, sizes, resolved, out_dir, dtype, log, moved)
+            _convert(todo, sizes, resolved, out_dir, dtype, log, moved, heed)
     return out_dir
 
 
 def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Resolved, out_dir: Path,
-             dtype: torch.dtype, log: Log, moved: Moved) -> None:  # fmt: skip
+             dtype: torch.dtype, log: Log, moved: Moved, heed: Callable[[], None]) -> None:  # fmt: skip
     log.say(f"preparing {human_bytes(sum(part.num_bytes for part in todo))} into {human_bytes(sum(sizes.values()))}")
     told: dict[str, dict[str, Any]] = {}
     if (out_dir / MANIFEST_NAME).exists():  # it speaks of the weights that are replaced now
@@ -65,7 +67,7 @@ def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Reso
     for part in todo:
         path = out_dir / part.name / WEIGHTS_NAME
         tensors: dict[str, str] = {}
-        write_atomic(path, _stream(part, dtype, tensors, moved))
+        write_atomic(path, _stream(part, dtype, tensors, moved, heed))
         sweep(path.parent, older_than_s=3600.0)
         told[part.name] = {"bytes": path.stat().st_size, "tensors": tensors}
         log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
@@ -129,7 +131,8 @@ def _prepared_bytes(part: Component, dtype: torch.dtype) -> int:
     return sum(math.prod(stored.shape) * target.itemsize for stored, target in _targets(part, dtype).values())
 
 
-def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved: Moved) -> Iterator[memoryview | bytes]:
+def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved: Moved,
+            heed: Callable[[], None]) -> Iterator[memoryview | bytes]:  # fmt: skip
     """The prepared file's bytes, a few tensors ahead of the disk; fills `digests` as they pass."""
     targets = _targets(part, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -142,21 +145,24 @@ def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved:
     text += b" " * (-(8 + len(text)) % 64)  # so that every tensor of a mapped file is aligned
     yield len(text).to_bytes(8, "little") + text
     reads = [partial(read_tensor, stored, target) for stored, target in targets.values()]
-    for name, tensor in zip(targets, _ahead(reads), strict=True):
+    for name, tensor in zip(targets, _ahead(reads, heed), strict=True):
         digests[name] = tensor_digest(tensor)
         moved(loading="prepare", file=f"{part.name}/{name}")
         yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _ahead(reads: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+def _ahead(reads: Sequence[Callable[[], Tensor]], heed: Callable[[], None]) -> Iterator[Tensor]:
     """In order, THREADS of them under way."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        waiting = [pool.submit(read) for read in reads[:THREADS]]
+    hands = Hands(THREADS, "prepare")
+    try:
+        waiting = [hands.submit(read) for read in reads[:THREADS]]
         for number in range(len(reads)):
-            tensor = waiting.pop(0).result()
+            tensor = patiently(waiting.pop(0), heed)
             if number + THREADS < len(reads):
-                waiting.append(pool.submit(reads[number + THREADS]))
+                waiting.append(hands.submit(reads[number + THREADS]))
             yield tensor
+    finally:
+        hands.finish()
 
 
 def _require_room(out_dir: Path, num_bytes: int) -> None:

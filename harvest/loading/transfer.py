@@ -3,6 +3,7 @@
 lanes = Lanes()
 there = lanes.send(tensor, "cuda:0")        through two pinned buffers on a side stream, one transfer at a time a GPU
 pinned(tensor)                              a copy on pages of its own, which the driver may read by itself
+there = sent(tensor, "cuda:0")              a small one in passing: nobody waits for what still computes
 
 host tensor -> [pinned half A | pinned half B] -> GPU: one half is filled while the other is on its way
 """
@@ -64,6 +65,13 @@ class _Lane:
                     free.record(self._stream)
             self._stream.synchronize()  # the host tensor may go now, and any stream may read
             return there
+
+
+def sent(tensor: Tensor, device: str) -> Tensor:
+    """A copy out of pageable memory would wait until the device has done all that it was asked before."""
+    if device.startswith("cuda") and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned piece until it is copied
+    return tensor.to(device)
 
 
 def pinned(tensor: Tensor) -> Tensor:

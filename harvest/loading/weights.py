@@ -17,7 +17,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from common.errors import Corrupt, Refused
 from common.tensor_file import StoredTensor, read_header
 from common.wan_names import diffusers_name
 from harvest.loading.folder import Component
+from harvest.loading.hands import Hands, patiently
 from harvest.loading.identity import THREADS, complete_digests, digest_line, tied_names
 
 TORCH_DTYPES = {
@@ -47,24 +47,21 @@ Moved = Callable[..., None]
 Put = Callable[[str, Tensor], Tensor]
 
 
-def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None) -> Any:
+def load_model(part: Component, dtype: torch.dtype, *, moved: Moved = lambda **_: None,
+               heed: Callable[[], None] = lambda: None) -> Any:  # fmt: skip
     """The network of a component on the CPU, in eval mode, bitwise as its own library would load it."""
     moved(loading=part.name)
-    with ThreadPoolExecutor(THREADS) as pool:
-        return fill_model(part, build(part), dtype, pool=pool, moved=moved)
+    pool, waiter = Hands(THREADS, "bytes"), Hands(1, "component")
+    try:
+        return patiently(waiter.submit(lambda: fill_model(part, build(part), dtype, pool=pool, moved=moved)), heed)
+    finally:
+        waiter.finish()
+        pool.finish()
 
 
-def fill_model(
-    part: Component,
-    model: Any,
-    dtype: torch.dtype,
-    *,
-    pool: ThreadPoolExecutor,
-    moved: Moved,
-    put: Put = lambda _, tensor: tensor,
-    mapped: bool = True,
-    digests: dict[str, str] | None = None,
-) -> Any:
+def fill_model(part: Component, model: Any, dtype: torch.dtype, *, pool: Hands, moved: Moved,
+               put: Put = lambda _, tensor: tensor, mapped: bool = True,
+               digests: dict[str, str] | None = None) -> Any:  # fmt: skip
     """A built model with its weights; no module is made here, so several may be filled at once.
 
     put: takes each tensor to its device as soon as it is there.
@@ -82,6 +79,10 @@ def fill_model(
         filled = dict(pool.map(lambda item: (item[0], put(*item)), mapped_tensors(sources).items()))
     else:
         filled = fill(sources, dtype_of, part.name, pool, moved, put, digests)
+    return assigned(part, model, filled, digests)
+
+
+def assigned(part: Component, model: Any, filled: Mapping[str, Tensor], digests: dict[str, str] | None) -> Any:
     with _BUILDING:  # a module that is built meanwhile would put these parameters on meta: the context is global
         model.load_state_dict(filled, strict=False, assign=True)
         model.tie_weights() if hasattr(model, "tie_weights") else None
@@ -119,7 +120,7 @@ def fill(
     sources: Mapping[str, StoredTensor],
     dtype_of: Callable[[str], torch.dtype],
     part: str,
-    pool: ThreadPoolExecutor,
+    pool: Hands,
     moved: Moved,
     put: Put,
     digests: dict[str, str] | None = None,

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from common.errors import BadUsage, Refused
 from common.log import human_bytes
-from harvest.placing.places import CONTEXT_BYTES, CPU, DISK, Machine, Place, Placement, Size, Wish
-from harvest.placing.ways import AUTO, WAYS, gpu_peak
+from harvest.placing.places import CONTEXT_BYTES, CPU, DISK, VAE, Machine, Place, Placement, Size, Wish
+from harvest.placing.ways import AUTO, WAYS, gpu_peak, work_on
 
 MAP = "map"
 
@@ -75,6 +75,8 @@ def _as_told(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement:
             found=", ".join(sorted(odd)),
             mend=f"use {', '.join(sorted(known))}" + ("" if wish.prepared else f" ({DISK} wants teacher.prepared)"),
         )
+    pictures = [size for size in sizes if size.name == VAE]  # no network of the teacher's: it has no place of its own
+    sizes = [size for size in sizes if size.name != VAE]
     told = {size.name: {module: _device_of(size.name, module, wish.modules) for module in size.modules}
             for size in sizes}  # fmt: skip
     held = dict.fromkeys(machine.gpus, CONTEXT_BYTES) | {CPU: 0}
@@ -91,8 +93,16 @@ def _as_told(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement:
     experts = [size.name for size in sizes if not size.is_encoder]
     working = {device for name in experts for device in told[name].values()} - {CPU, DISK} or {CPU}
     used = {device for devices in told.values() for device in devices.values()} | working
-    peaks = {device: bytes_ + (wish.work_bytes if device in working else 0)
+    places = tuple(_told_place(size, told[size.name]) for size in sizes)
+    device = next(place.device for place in places if place.name in experts)
+    plan = Placement(strategy=MAP, workers=1, device=device, places=places, peaks={}, budgets=budgets)
+    computing = [place for place in places if place.name in experts]
+    peaks = {device: bytes_ + (work_on(device, computing, wish, plan.in_flight) if device in working else 0)
              for device, bytes_ in held.items() if device in used}  # fmt: skip
+    for vae in pictures:  # it waits in host memory, and comes when no expert works
+        peaks[CPU] = peaks.get(CPU, 0) + vae.num_bytes
+        comes = 2 * vae.num_bytes if device == CPU else vae.num_bytes
+        peaks[device] = max(peaks[device], held[device] + comes + vae.own_work)
     over = [device for device, peak in peaks.items() if peak > budgets[device]]
     if over:
         raise Refused(
@@ -100,9 +110,7 @@ def _as_told(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement:
             found=f"{human_bytes(peaks[over[0]])} of {human_bytes(budgets[over[0]])}",
             mend="move some blocks elsewhere, or take `auto`",
         )
-    places = tuple(_told_place(size, told[size.name]) for size in sizes)
-    device = next(place.device for place in places if place.name in experts)
-    return Placement(strategy=MAP, workers=1, device=device, places=places, peaks=peaks, budgets=budgets)
+    return replace(plan, peaks=peaks)
 
 
 def _told_place(size: Size, modules: Mapping[str, str]) -> Place:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from common.log import human_bytes
 
 CPU, DISK = "cpu", "disk"
+VAE = "vae"
+"""It is on a device only while it encodes pictures, whatever else was wished."""
 CONTEXT_BYTES = 1_000_000_000
 """Of a GPU, before a weight: the driver's context, libraries' workspaces, one prompt in the text encoder."""
 STREAMED_BLOCKS = 3
@@ -49,8 +51,11 @@ WORKERS_HERE = ("HARVEST_WORKERS_HERE", "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PE
 class Size:
     name: str
     is_encoder: bool
+    """Of prompts or of pictures: it is done before an expert begins."""
     modules: Mapping[str, int]
     """Bytes by module, in the order in which they are used; blocks whole."""
+    own_work: int = 0
+    """What an encoder's forward needs beside it; an expert's is in the wish."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +88,10 @@ class Wish:
     budget: float = 0.9
     work_bytes: int = 0
     """What a forward of an expert needs beside its weights."""
+    kept_bytes: int = 0
+    """Of it, what its blocks keep as long as a micro-batch is under way: it lies where they do."""
+    text_bytes: int = 0
+    """Of it, what a micro-batch brings."""
     prepared: bool = False
     """The weights lie on the disk as they are computed in: what does not fit may be mapped instead of kept."""
 
@@ -122,6 +131,11 @@ class Placement:
         return next(place for place in self.places if place.name == name)
 
     @property
+    def in_flight(self) -> int:
+        """Micro-batches under way at once: one for each GPU that an expert is split over."""
+        return max([1, *(len({*place.modules.values()} - {CPU, DISK}) for place in self.places)])
+
+    @property
     def item_bytes(self) -> int:
         """Sent to the GPU for each shard's worth of records."""
         return sum(place.num_bytes for place in self.places if place.how == "turns")
@@ -143,7 +157,7 @@ class Placement:
         if self.forward_bytes:
             costs.append(f"{human_bytes(self.forward_bytes)} to the GPU per forward")
         if any(place.how == "split" for place in self.places):
-            costs.append("the GPUs take turns")
+            costs.append(f"micro-batches from GPU to GPU, {self.in_flight} under way")
         if any(place.how == "host" and place.device == CPU for place in self.places) and self.device != CPU:
             costs.append("prompts are encoded on the CPU")
         if self.is_mapped:

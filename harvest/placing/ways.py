@@ -2,7 +2,7 @@
 
     replicate, gpu0   every expert stays on the GPU
     swap              what does not fit beside the rest takes turns with it; it waits in host memory
-    balanced          each expert's blocks split over all GPUs, one process
+    balanced          each expert's blocks split over all GPUs, one process, micro-batches behind each other
     stream            an expert's blocks pass through a GPU that is smaller than it
     cpu               everything computes on the CPU
 
@@ -12,7 +12,7 @@ Of several arrangements that fit the one is taken that sends least to the GPU.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from harvest.placing.places import CONTEXT_BYTES, CPU, Machine, Place, Placement, Size, Wish
+from harvest.placing.places import CONTEXT_BYTES, CPU, DISK, VAE, Machine, Place, Placement, Size, Wish
 
 Way = Callable[[Sequence[Size], Machine, Wish], Placement | None]
 
@@ -36,9 +36,13 @@ def stream(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement | N
 def cpu(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement | None:
     budget = int(machine.host * wish.budget)
     for kept in ("memory", "mapped") if wish.prepared else ("memory",):
-        wanted = [size.num_bytes for size in sizes]
-        peak = (sum(wanted) if kept == "memory" else max(wanted)) + wish.work_bytes
-        places = tuple(Place(name=s.name, num_bytes=s.num_bytes, how="host", device=CPU, kept=kept) for s in sizes)
+        wanted = [size.num_bytes for size in sizes if size.name != VAE]
+        held = (sum(wanted) if kept == "memory" else max(wanted)) + sum(s.num_bytes for s in sizes if s.name == VAE)
+        peak = held + max(wish.work_bytes, *(size.own_work for size in sizes))
+        kepts = {size.name: "memory" if size.name == VAE else kept for size in sizes}
+        places = tuple(
+            Place(name=s.name, num_bytes=s.num_bytes, how="host", device=CPU, kept=kepts[s.name]) for s in sizes
+        )
         if peak <= budget:
             return Placement(
                 strategy="cpu", workers=1, device=CPU, places=places, peaks={CPU: peak}, budgets={CPU: budget}
@@ -47,21 +51,33 @@ def cpu(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement | None
 
 
 def balanced(sizes: Sequence[Size], machine: Machine, wish: Wish) -> Placement | None:
-    """The encoder on the emptiest GPU if it may and can be, then each expert's blocks in proportion to what is free."""
+    """The encoder on the emptiest GPU if it may and can be, then each expert's blocks in proportion to what is free.
+    As many micro-batches are under way as there are GPUs: each brings its text, and keeps something in every block."""
     if len(machine.gpus) < 2:
         return None
     budgets = {gpu: int(free * wish.budget) for gpu, free in machine.gpus.items()}
+    even = Place(name="", num_bytes=0, how="split", device="", modules={f"{n}": gpu for n, gpu in enumerate(budgets)})
     for with_encoder in _encoder_choices(wish):
-        room = {gpu: budget - CONTEXT_BYTES - wish.work_bytes for gpu, budget in budgets.items()}
+        expected = {gpu: work_on(gpu, [even], wish, len(budgets)) for gpu in budgets}
+        main, pictures = next(iter(budgets)), max([0, *(s.num_bytes + s.own_work for s in sizes if s.name == VAE)])
+        expected[main] = max(expected[main], pictures)
+        room = {gpu: budget - CONTEXT_BYTES - expected[gpu] for gpu, budget in budgets.items()}
         places = []
         for size in sorted(sizes, key=lambda size: not size.is_encoder):
+            if size.name == VAE:
+                places.append(Place(name=VAE, num_bytes=size.num_bytes, how="turns", device=main))
+                continue
             place = _encoder_at(size, room, with_encoder) if size.is_encoder else _split(size, room)
             if place is None or min(room.values()) < 0:
                 break
             places.append(place)
         else:
+            experts = [place for place in places if place.how == "split"]
+            needed = {gpu: work_on(gpu, experts, wish, len(room)) for gpu in room}
+            needed[main] = max(needed[main], pictures)
+            room = {gpu: left + expected[gpu] - needed[gpu] for gpu, left in room.items()}
             host = _host_peak(places, machine, wish, workers=1)
-            if host is not None:
+            if host is not None and min(room.values()) >= 0:
                 peaks = {gpu: budgets[gpu] - left for gpu, left in room.items()} | host[0]
                 return Placement(
                     strategy="balanced", workers=1, device=next(iter(room)), places=host[1],
@@ -114,6 +130,9 @@ def _hows(size: Size, experts: Sequence[str], wish: Wish) -> Iterator[str]:
     if not size.is_encoder:
         yield from experts
         return
+    if size.name == VAE:
+        yield "turns"
+        return
     for on_gpu in _encoder_choices(wish):
         yield from ("resident", "turns") if on_gpu else ("host",)
 
@@ -128,7 +147,7 @@ def gpu_peak(hows: Mapping[str, str], sizes: Sequence[Size], work_bytes: int) ->
 
     def phase(size: Size) -> int:
         comes = {"turns": size.num_bytes, "stream": size.streamed_bytes}.get(hows[size.name], 0)
-        return comes + (0 if size.is_encoder else work_bytes)
+        return comes + (size.own_work if size.is_encoder else work_bytes)
 
     return CONTEXT_BYTES + stays + max(phase(size) for size in sizes)
 
@@ -143,14 +162,30 @@ def _host_peak(
             settled.append(place)
             continue
         wanted = place.num_bytes * workers
-        kept = "memory" if place.how == "host" else "pinned"
+        kept = "memory" if place.how == "host" or place.name == VAE else "pinned"
         if held + wanted > budget:
-            if not wish.prepared:
+            if not wish.prepared or place.name == VAE:
                 return None
             kept, wanted = "mapped", 0
         held += wanted
         settled.append(_kept(place, kept))
     return {CPU: held} if held else {}, tuple(settled)
+
+
+def work_on(gpu: str, experts: Sequence[Place], wish: Wish, in_flight: int) -> int:
+    """What forwards need there, so many micro-batches being under way: the first one's work, the others' texts, and of
+    what every one's blocks keep the share of the expert that has most of them there."""
+    kept = in_flight * wish.kept_bytes
+    share = max(-(-kept * here // max(blocks, 1)) for here, blocks in (_blocks_on(gpu, place) for place in experts))
+    return wish.work_bytes - wish.kept_bytes + (in_flight - 1) * wish.text_bytes + share
+
+
+def _blocks_on(gpu: str, place: Place) -> tuple[int, int]:
+    """How many, and of how many; one that stays whole is one."""
+    devices = [device for module, device in place.modules.items() if module.rpartition(".")[2].isdigit()]
+    # What lies on the CPU or the disk comes to where the inputs are.
+    blocks = [place.device if device in (CPU, DISK) else device for device in devices or [place.device]]
+    return blocks.count(gpu), len(blocks)
 
 
 def _kept(place: Place, kept: str) -> Place:

@@ -13,15 +13,17 @@ from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.loading.folder import Resolved, read_json, scheduler_told
-from harvest.loading.measure import TEXT_ENCODER
+from harvest.loading.kernels import Ask
+from harvest.loading.measure import TEXT_ENCODER, Needs, tile_bytes
 from harvest.loading.parts import Parts, choose_dtype, count_tokens, dtype_name, load_parts
+from harvest.loading.transfer import sent
 from harvest.teacher import ExpertListener, TeacherFacts, Work
 
 UNET = "unet"
 KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Condition:
     cond: Tensor  # [B, 77, D]
     uncond: Tensor  # [B, 77, D]
@@ -38,21 +40,26 @@ class SdTeacher:
         self.facts, self.fingerprints, self.device = facts, parts.fingerprints, parts.device
         self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
         self._tokenizer, self._networks, self._batched_guidance = parts.tokenizer, parts.networks, batched_guidance
+        self._kernels, self.sdpa, self.in_flight = parts.kernels, parts.kernels.told, parts.networks.in_flight
+        self.encoder_device = parts.networks.device_of(TEXT_ENCODER)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._encode_one(prompt) for prompt in prompts]
+
+    def make_room(self) -> None:
+        self._networks.make_room()
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         return count_tokens(self._tokenizer, prompts)
 
     def condition(self, texts: list[Tensor], negative: Tensor) -> Condition:
         cond, uncond = torch.stack(texts), torch.stack([negative] * len(texts))
-        return Condition(cond=cond.to(self.device, self._dtype), uncond=uncond.to(self.device, self._dtype))
+        return Condition(*(sent(text.to(self._dtype), self.device) for text in (cond, uncond)))
 
     @torch.inference_mode()
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        latents, timesteps = latents.to(self.device, self._dtype), timesteps.to(self.device)
+        latents, timesteps = latents.to(self.device, self._dtype), sent(timesteps, self.device)
         if self._batched_guidance:
             text = torch.cat([condition.cond, condition.uncond])
             cond, uncond = self._forward(torch.cat([latents] * 2), torch.cat([timesteps] * 2), text).chunk(2)
@@ -61,7 +68,9 @@ class SdTeacher:
 
     def _forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         unet = self._networks.ready(UNET)
-        out: Tensor = unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        self._kernels.compile(unet)
+        with self._kernels.at_work():
+            out: Tensor = unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return out.float()
 
     def _encode_one(self, prompt: str) -> Tensor:
@@ -107,6 +116,21 @@ def networks_of(resolved: Resolved) -> tuple[str, ...]:
     return (TEXT_ENCODER, UNET)
 
 
+def attention_of(config: TeacherConfig, resolved: Resolved, work: Work) -> tuple[Ask, ...]:
+    """Of each level that attends: of its positions among themselves, and to the text."""
+    unet, facts = resolved.components[UNET].config, facts_of(resolved)
+    rows, side = work.records * (2 if config.batched_guidance else 1), facts.latent_stride
+    told = unet["attention_head_dim"]  # what diffusers calls so is the number of heads
+    asks = []
+    for level, (kind, width) in enumerate(zip(unet["down_block_types"], unet["block_out_channels"], strict=True)):
+        if "CrossAttn" in kind:
+            heads = told if isinstance(told, int) else told[level]
+            positions = (work.height // side >> level) * (work.width // side >> level)
+            asks += [Ask(rows=rows, queries=positions, keys=keys, heads=heads, dim=width // heads)
+                     for keys in (positions, facts.text_length)]  # fmt: skip
+    return tuple(asks)
+
+
 def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> int:
     """What a forward needs beside the weights: the skips of the way down and the widest moment of a block."""
     rows = work.records * (2 if config.batched_guidance else 1)
@@ -114,8 +138,18 @@ def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: tor
     return int(rows * (work.height // stride) * (work.width // stride) * channels * 40 * dtype.itemsize)
 
 
+def needs_of(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> Needs:
+    facts = facts_of(resolved)
+    return Needs(
+        work_bytes=work_bytes(config, resolved, work, dtype),
+        text_bytes=work.records * 2 * facts.text_length * facts.text_dim * dtype.itemsize,
+        tile_bytes=tile_bytes(resolved, work),
+        attention=attention_of(config, resolved, work),
+    )
+
+
 def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log, work: Work) -> SdTeacher:
     dtype = choose_dtype(config.dtype, config.device)
-    needs = work_bytes(config, resolved, work, dtype)
+    needs = needs_of(config, resolved, work, dtype)
     parts = load_parts(config, resolved, networks_of(resolved), watch, log, needs)
     return SdTeacher(facts_of(resolved), parts, batched_guidance=config.batched_guidance)

@@ -14,10 +14,13 @@ from torch import Tensor
 from common.log import Log
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
+from harvest.activations import EVERY
 from harvest.config import TeacherConfig
 from harvest.loading.folder import Resolved, read_json, scheduler_told
-from harvest.loading.measure import TEXT_ENCODER
+from harvest.loading.kernels import Ask, uncompiled
+from harvest.loading.measure import TEXT_ENCODER, Needs, tile_bytes
 from harvest.loading.parts import Parts, choose_dtype, count_tokens, dtype_name, load_parts
+from harvest.loading.transfer import sent
 from harvest.teacher import ExpertListener, TeacherFacts, Work
 from harvest.teachers.wan_attention import PADDING_KEYS, Text, attending, collapse, padding_bias
 from harvest.teachers.wan_check import doubts
@@ -25,6 +28,8 @@ from harvest.teachers.wan_check import doubts
 EXPERTS = ("transformer", "transformer_2")
 TEXT_LENGTH = 512
 """The stock pipeline's default; it stands in no file of the folder."""
+ROWS_TOGETHER = 64
+"""Compiled, a text's rows come in multiples of it: each length is a shape of its own."""
 
 
 class WanTeacher:
@@ -38,11 +43,16 @@ class WanTeacher:
         self.compute_dtype, self._dtype = dtype_name(parts.dtype), parts.dtype
         self._tokenizer, self._networks = parts.tokenizer, parts.networks
         self._batched_guidance, self._per_token = config.batched_guidance, per_token
-        self._collapse = config.collapsed_padding
+        self._collapse, self._kernels, self._num_heard = config.collapsed_padding, parts.kernels, [0, 0]
+        self.in_flight = parts.networks.in_flight
+        self.sdpa, self.encoder_device = parts.kernels.told, parts.networks.device_of(TEXT_ENCODER)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._encode_one(prompt) for prompt in prompts]
+
+    def make_room(self) -> None:
+        self._networks.make_room()
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         return count_tokens(self._tokenizer, prompts)
@@ -64,10 +74,13 @@ class WanTeacher:
         expert = self._networks.ready(EXPERTS[number])
         if self._collapse:
             collapse(expert)
-        if self.listener:
-            self.listener.attend(EXPERTS[number], expert)
         video = latents.to(self.device, self._dtype).unsqueeze(2)  # [B, C, 1, H, W]
-        timesteps = timesteps.to(self.device)
+        timesteps = sent(timesteps, self.device)
+        if self.listener and self._kernels.is_compiled:
+            self._overhear(number, expert, video, timesteps, condition)
+        elif self.listener:
+            self.listener.attend(EXPERTS[number], expert)
+        self._kernels.compile(expert)
         if self._batched_guidance:
             both = self._forward(expert, torch.cat([video, video]), torch.cat([timesteps, timesteps]), condition[0])
             cond, uncond = both.chunk(2)
@@ -77,12 +90,23 @@ class WanTeacher:
             self._forward(expert, video, timesteps, condition[1]),
         )
 
+    def _overhear(self, number: int, expert: Any, video: Tensor, timesteps: Tensor, condition: list[Text]) -> None:
+        """An answer of its own that nobody keeps: listening would be compiled in, and last bits would differ."""
+        self._num_heard[number] += 1
+        if self.listener and self._num_heard[number] % EVERY == 1:
+            with uncompiled():
+                self.listener.attend(EXPERTS[number], expert)
+                rows = torch.cat([video, video]) if self._batched_guidance else video
+                times = torch.cat([timesteps, timesteps]) if self._batched_guidance else timesteps
+                self._forward(expert, rows, times, condition[0])
+                self.listener.close()
+
     def _forward(self, expert: Any, video: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         if self._per_token:  # at one frame every token has the same one
             patch = self.facts.latent_patch
             num_tokens = (video.shape[3] // patch) * (video.shape[4] // patch)
             timesteps = timesteps[:, None].expand(-1, num_tokens)
-        with attending(expert, text):
+        with attending(expert, text), self._kernels.at_work():
             out: Tensor = expert(
                 hidden_states=video, timestep=timesteps, encoder_hidden_states=text.rows, return_dict=False
             )[0]
@@ -115,14 +139,16 @@ class WanTeacher:
         """Zero-padded to the full length, or to what the collapsed padding needs."""
         lengths = [len(text) for text in texts]
         num_rows = max(lengths) + PADDING_KEYS if self._collapse else self.facts.text_length
+        if self._collapse and self._kernels.is_compiled:
+            num_rows = max(num_rows, min(-(-num_rows // ROWS_TOGETHER) * ROWS_TOGETHER, self.facts.text_length))
         padded = torch.zeros(len(texts), num_rows, self.facts.text_dim)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
-        rows = padded.to(self.device, self._dtype)
+        rows = sent(padded.to(self._dtype), self.device)
         if not self._collapse:
             return Text(rows=rows)
         bias = padding_bias(lengths, num_rows, self.facts.text_length)
-        return Text(rows=rows, bias=bias.to(self.device, self._dtype))
+        return Text(rows=rows, bias=sent(bias.to(self._dtype), self.device))
 
 
 def facts_of(resolved: Resolved) -> TeacherFacts:
@@ -152,6 +178,18 @@ def networks_of(resolved: Resolved) -> tuple[str, ...]:
     return (TEXT_ENCODER, *(expert for expert in EXPERTS if expert in resolved.components))
 
 
+def attention_of(config: TeacherConfig, resolved: Resolved, work: Work) -> tuple[Ask, ...]:
+    """Of the picture's tokens among themselves, and to the text."""
+    network, facts = resolved.components[EXPERTS[0]].config, facts_of(resolved)
+    side = facts.latent_stride * facts.latent_patch
+    rows, tokens = work.records * (2 if config.batched_guidance else 1), (work.height // side) * (work.width // side)
+    heads, dim = network["num_attention_heads"], network["attention_head_dim"]
+    return (
+        Ask(rows=rows, queries=tokens, keys=tokens, heads=heads, dim=dim),
+        Ask(rows=rows, queries=tokens, keys=TEXT_LENGTH, heads=heads, dim=dim, biased=config.collapsed_padding),
+    )
+
+
 def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> int:
     """What a forward needs beside the weights: the widest moment of a block, and the texts' keys and values."""
     network, facts = resolved.components[EXPERTS[0]].config, facts_of(resolved)
@@ -163,21 +201,37 @@ def work_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: tor
     block = tokens * (7 * width * 4 + 2 * network["ffn_dim"] * dtype.itemsize)
     modulation = 2 * 6 * width * 4 * (tokens if resolved.scalars.get("expand_timesteps") else rows)
     texts = rows * TEXT_LENGTH * (facts.text_dim + width) * 2 * dtype.itemsize
-    branches = 1 if config.batched_guidance else 2
-    kept = rows * branches * TEXT_LENGTH * width * 2 * dtype.itemsize * network["num_layers"]
-    return int(block + modulation + texts + (kept if config.collapsed_padding else 0))
+    return int(block + modulation + texts + kept_bytes(config, resolved, work, dtype))
+
+
+def kept_bytes(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> int:
+    """Of it, the texts' keys and values, where the padding is collapsed: both branches', as long as a micro-batch."""
+    network = resolved.components[EXPERTS[0]].config
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    num_bytes: int = work.records * 2 * TEXT_LENGTH * width * 2 * dtype.itemsize * network["num_layers"]
+    return num_bytes if config.collapsed_padding else 0
+
+
+def needs_of(config: TeacherConfig, resolved: Resolved, work: Work, dtype: torch.dtype) -> Needs:
+    return Needs(
+        work_bytes=work_bytes(config, resolved, work, dtype),
+        kept_bytes=kept_bytes(config, resolved, work, dtype),
+        text_bytes=work.records * 2 * TEXT_LENGTH * facts_of(resolved).text_dim * dtype.itemsize,
+        tile_bytes=tile_bytes(resolved, work),
+        attention=attention_of(config, resolved, work),
+    )
 
 
 def load_teacher(config: TeacherConfig, resolved: Resolved, watch: Watch, log: Log, work: Work) -> WanTeacher:
     """Text encoder, then the experts in the order in which they are needed."""
     dtype = choose_dtype(config.dtype, config.device)
-    needs = work_bytes(config, resolved, work, dtype)
+    needs = needs_of(config, resolved, work, dtype)
     facts, per_token = facts_of(resolved), bool(resolved.scalars.get("expand_timesteps"))
 
     def made(parts: Parts) -> WanTeacher:
         return WanTeacher(facts, parts, config, per_token=per_token)
 
     def check(parts: Parts) -> str:
-        return doubts(made(parts), resolved)
+        return doubts(made(parts), resolved, watch.heed)
 
     return made(load_parts(config, resolved, networks_of(resolved), watch, log, needs, check))

@@ -38,6 +38,7 @@ class CollapsedAttention:
     def __init__(self) -> None:
         self.text: Text | None = None
 
+    @torch.compiler.disable  # else each layer's kept keys would be a block of its own
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         assert self.text is not None, "inside `attending`"
         heads = (attn.heads, -1)

@@ -1,12 +1,13 @@
 """Whether a loaded Wan is the one that it says it is: asked once for files that were not seen before.
 
-    odd = doubts(teacher, resolved)        "" or what is odd, for a warning
+    odd = doubts(teacher, resolved, heed)        "" or what is odd, for a warning
 
 One prompt is encoded twice: the same rows, bit for bit. Four drawn pictures are encoded by the folder's VAE, noised to
 a high and a low level, and each expert predicts the velocity in one step: the expert for high noise is, compared with
 the other, better at the high level than at the low one. Swapped files have the right names and shapes, and draw mush.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -33,13 +34,14 @@ class Asked(Teacher, Protocol):
 
 
 @torch.inference_mode()
-def doubts(teacher: Asked, resolved: Resolved) -> str:
+def doubts(teacher: Asked, resolved: Resolved, heed: Callable[[], None]) -> str:
     first, second = (teacher.encode(["a red circle on white"])[0] for _ in range(2))
     if not torch.equal(first, second):
         return "the text encoder gives another answer to the same question: sets will not repeat bit for bit"
     if teacher.facts.boundary is None or not LOW_SIGMA < teacher.facts.boundary < HIGH_SIGMA:
         return ""
-    latents = _encoded(resolved, teacher.device)
+    teacher.make_room()
+    latents = _encoded(resolved, teacher.device, heed)
     texts = [teacher.encode([""])[0]] * len(latents)
     high, trivial = _errors(teacher, latents, texts, HIGH_SIGMA)
     low, _ = _errors(teacher, latents, texts, LOW_SIGMA)
@@ -65,10 +67,10 @@ def _errors(teacher: Asked, latents: Tensor, texts: list[Tensor], sigma: float) 
     return found, float(velocity.square().mean())
 
 
-def _encoded(resolved: Resolved, device: str) -> Tensor:
+def _encoded(resolved: Resolved, device: str, heed: Callable[[], None]) -> Tensor:
     """The drawn pictures in the latent space that the teacher works in."""
     part = resolved.components["vae"]
-    vae = load_model(part, torch.float32).to(device)
+    vae = load_model(part, torch.float32, heed=heed).to(device)
     latents = vae.encode(_pictures().unsqueeze(2).to(device)).latent_dist.mode().squeeze(2)
     mean, std = (torch.tensor(part.config[key], device=device).view(1, -1, 1, 1)
                  for key in ("latents_mean", "latents_std"))  # fmt: skip

@@ -84,7 +84,7 @@ def _spread(ratios: np.ndarray) -> str:  # [rounds, (wall, CPU)]
 def _loaded(task: Task, out_dir: Path) -> Teacher:
     log = Log("bench", quiet=True)
     with StopRequest() as stop, HarvestWatch(out_dir / "runs", log, stop, None) as watch:
-        return ready_teacher(task.config, task.resolved, watch, log)
+        return ready_teacher(task, watch, log)
 
 
 def _run(config: HarvestConfig, teacher: Teacher) -> None:

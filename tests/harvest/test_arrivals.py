@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 
 from common.errors import Corrupt, Refused, Stopped
 from common.log import Log
+from common.shards import RUNS
+from common.stop import StopRequest
 from common.watch import STACKS_NAME, Watch, read_heartbeat
 from harvest.config import TeacherConfig
 from harvest.loading import arrivals
@@ -23,9 +26,11 @@ from harvest.loading.folder import resolve
 from harvest.loading.identity import Remembered
 from harvest.loading.networks import Networks
 from harvest.placing.places import CPU, Place, Placement
+from harvest.running.events import HarvestWatch
 from harvest.teacher import Fingerprints
 from harvest.teachers import load_teacher
-from tests.made import harvest_config
+from tests.harvest.test_resume import as_file
+from tests.made import harvest_config, started
 
 
 class Heard(Log):
@@ -254,3 +259,53 @@ def test_who_is_asked_to_stop_while_loading_leaves_at_once(tmp_path: Path, micro
         num_read = len(read)
         time.sleep(1.5)
         assert len(read) <= num_read + networks.THREADS
+
+
+@pytest.mark.parametrize("where", ["header", "bytes", "prepare", "check"])
+def test_a_wish_to_stop_is_heard_while_a_read_hangs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A disk that does not answer moves nothing: neither bytes nor, before, whoever waited for them."""
+    from harvest.loading import prepare, weights
+
+    module, name = {"header": (weights, "read_header"), "prepare": (prepare, "read_tensor")}.get(
+        where, (weights, "read_tensor")
+    )
+    part, real = "vae" if where == "check" else "transformer", getattr(module, name)
+    hung, let_go = threading.Event(), threading.Event()
+
+    def hanging(first: Any, *others: Any) -> Any:
+        if getattr(first, "path", first).parent.name == part:
+            hung.set()
+            let_go.wait(60)
+        return real(first, *others)
+
+    def ask() -> None:
+        hung.wait(60)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, name, hanging)
+    prepared = {"prepared": tmp_path / "ready"} if where == "prepare" else {}
+    config = TeacherConfig(folder=folder, dtype="float32", device="cpu", **prepared)
+    asker = threading.Thread(target=ask)
+    with StopRequest() as stop, HarvestWatch(tmp_path / "run", Heard(), stop, None) as watch:
+        asker.start()
+        try:
+            with pytest.raises(Stopped, match="SIGTERM"):
+                load_teacher(config, resolve(folder, "auto"), watch, Heard())
+            assert hung.is_set() and not let_go.is_set()
+        finally:
+            let_go.set()
+            asker.join()
+
+
+def test_a_read_that_hangs_keeps_no_process_from_ending(folder: Path, tmp_path: Path) -> None:
+    pipe = blocked(weights_of(folder, "transformer"))
+    path = as_file(harvest_config(tmp_path / "set", folder), tmp_path / "c.yaml")
+    process = started("harvest", "run", path)
+    until(lambda: any((tmp_path / "set" / RUNS).glob("*/heartbeat.json")), 60)
+    (beat,) = (tmp_path / "set" / RUNS).glob("*/heartbeat.json")
+    until(lambda: json.loads(beat.read_text()).get("file") == pipe.name, 60)
+    process.terminate()
+    assert process.wait(20) == 75

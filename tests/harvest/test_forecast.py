@@ -41,13 +41,34 @@ def test_predicted_bytes_are_those_that_are_written(tmp_path: Path, micro_wan: P
     assert abs(told.total - written) <= 0.01 * written, (told, written)
 
 
-@pytest.mark.parametrize("source", ["trajectory", "renoise"])
-def test_predicted_forwards_are_those_that_a_run_takes(tmp_path: Path, micro_wan: Path, source: str) -> None:
-    config = harvest_config(tmp_path / "set", micro_wan, source=source, keep=5, records_per_shard=7)
+FOLDERS_OWN = {"solver": "checkpoint", "jitter": False}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"source": "renoise"}, FOLDERS_OWN, {**FOLDERS_OWN, "source": "renoise"},
+    {**FOLDERS_OWN, "shift": 12.0, "steps": 9, "samples": ("a red cat", "a sea", "a star", "the sky")},
+], ids=str)  # fmt: skip
+def test_predicted_forwards_are_those_that_a_run_takes(
+    tmp_path: Path, micro_wan: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """By expert: schedulers disagree about which steps are high-noise."""
+    from harvest.teachers import wan
+
+    monkeypatch.setattr(wan, "doubts", lambda *_: "")
+    asked, real = [0, 0], wan.WanTeacher.predict_with
+
+    def predict_with(teacher: Any, number: int, *others: Any) -> Any:
+        asked[number] += 1
+        return real(teacher, number, *others)
+
+    monkeypatch.setattr(wan.WanTeacher, "predict_with", predict_with)
+    config = harvest_config(tmp_path / "set", micro_wan, keep=5, records_per_shard=7, **changes)
     answers = answers_of(read_task(config))
     (metrics,) = (harvest_here(config) / RUNS).glob("*/metrics.jsonl")
     last = json.loads(metrics.read_text().splitlines()[-1])
-    assert last["records"] == 24 and last["forwards"] == sum(answers)
+    samples = -(-len(config.samples) // config.micro_batch) * config.steps
+    assert last["records"] == 24 and last["forwards"] + samples == sum(answers)
+    assert asked == list(answers)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, micro_wan: Path) -> None:

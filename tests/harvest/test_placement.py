@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ from common.errors import BadUsage, Fault, Refused
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
+from harvest.latents import encode_in_tiles
 from harvest.loading.arrivals import Arrivals
-from harvest.loading.folder import Resolved, resolve
-from harvest.loading.measure import sizes_of
+from harvest.loading.folder import Component, Resolved, resolve
+from harvest.loading.measure import sizes_of, tile_bytes
 from harvest.loading.networks import Networks
 from harvest.loading.transfer import on_own_pages
 from harvest.loading.weights import load_model
+from harvest.meaning import make_contract
 from harvest.placing.placement import MAP, place
 from harvest.placing.places import CONTEXT_BYTES, CPU, STREAMED_BLOCKS, Machine, Place, Placement, Size, Wish
 from harvest.placing.ways import WAYS
+from harvest.plan import WorkItem
+from harvest.rollout import rollout
 from harvest.teacher import Work
 from harvest.teachers import facts_of, load_teacher, placement_of
 from harvest.teachers.wan import networks_of, work_bytes
-from tests.micro import write_micro_wan
+from tests.made import harvest_config, planned
+from tests.micro import TI2V_VAE, VAE, write_micro_wan
 
 GB = 1_000_000_000
 
@@ -36,7 +42,11 @@ def made_sizes(rng: np.random.Generator) -> list[Size]:
         blocks = {f"blocks.{n}": int(rng.integers(1, 2 * GB)) for n in range(int(rng.integers(1, 40)))}
         return Size(name=name, is_encoder=name == "text_encoder", modules={"head": int(rng.integers(0, GB)), **blocks})
 
-    return [one(name) for name in ("text_encoder", "transformer", "transformer_2")[: int(rng.integers(2, 4))]]
+    sizes = [one(name) for name in ("text_encoder", "transformer", "transformer_2")[: int(rng.integers(2, 4))]]
+    vae = Size(
+        name="vae", is_encoder=True, modules={"all": int(rng.integers(1, 3 * GB))}, own_work=int(rng.integers(GB))
+    )
+    return [*sizes, vae] if rng.integers(2) else sizes
 
 
 def made_machine(rng: np.random.Generator) -> Machine:
@@ -45,8 +55,9 @@ def made_machine(rng: np.random.Generator) -> Machine:
     return Machine(gpus=gpus, host=int(rng.uniform(8, 600) * GB))
 
 
-def held_in_phase(plan: Placement, sizes: list[Size], phase: Size, work_bytes: int) -> dict[str, int]:
+def held_in_phase(plan: Placement, sizes: list[Size], phase: Size, wish: Wish) -> dict[str, int]:
     """What lies where while `phase` computes, counted anew from the places alone."""
+    work_bytes, in_flight = wish.work_bytes, plan.in_flight
     held: dict[str, int] = {}
 
     def add(device: str, num_bytes: int) -> None:
@@ -66,9 +77,13 @@ def held_in_phase(plan: Placement, sizes: list[Size], phase: Size, work_bytes: i
         if size is phase and at.how == "stream":
             add(at.device, sum(size.modules.values()) - sum(size.blocks.values()))
             add(at.device, min(STREAMED_BLOCKS, len(size.blocks)) * max(size.blocks.values()))
+        if size is phase and size.own_work:
+            add(at.device, size.own_work)
         if size is phase and not size.is_encoder:
             for device in set(at.modules.values()) or {at.device}:
-                add(device, work_bytes)
+                add(device, work_bytes - wish.kept_bytes + (in_flight - 1) * wish.text_bytes)
+            for block in size.blocks:
+                add(at.modules.get(block, at.device), in_flight * wish.kept_bytes // len(size.blocks))
     for device in list(held):
         add(device, CONTEXT_BYTES if device != CPU else 0)
     return held
@@ -84,6 +99,7 @@ def test_no_plan_is_over_the_budget_on_any_machine(strategy: str) -> None:
             strategy=strategy, text_encoder=str(rng.choice(["auto", "gpu", "cpu"])), budget=rng.uniform(0.3, 1.0),
             work_bytes=int(rng.uniform(0, 8) * GB), prepared=bool(rng.integers(2)),
         )  # fmt: skip
+        wish = replace(wish, kept_bytes=int(wish.work_bytes * rng.uniform(0, 0.8)), text_bytes=wish.work_bytes // 50)
         try:
             plan = place(sizes, machine, wish)
         except Refused as refused:
@@ -92,7 +108,7 @@ def test_no_plan_is_over_the_budget_on_any_machine(strategy: str) -> None:
         num_placed += 1
         free = {**machine.gpus, CPU: machine.host}
         for phase in sizes:
-            for device, num_bytes in held_in_phase(plan, sizes, phase, wish.work_bytes).items():
+            for device, num_bytes in held_in_phase(plan, sizes, phase, wish).items():
                 assert num_bytes <= free[device] * wish.budget
                 assert num_bytes <= plan.peaks[device] or device == CPU
         assert {at.name for at in plan.places} == {size.name for size in sizes}
@@ -102,6 +118,9 @@ def test_no_plan_is_over_the_budget_on_any_machine(strategy: str) -> None:
             assert plan.of("text_encoder").how != "host"
         if any(at.kept == "mapped" for at in plan.places):
             assert wish.prepared
+        if "vae" in {size.name for size in sizes}:
+            assert plan.of("vae").how == ("host" if plan.strategy == "cpu" else "turns")
+            assert plan.of("vae").kept == "memory"
     assert num_placed > 40
 
 
@@ -226,6 +245,75 @@ def test_a_forward_needs_no_more_than_is_reserved(tmp_path: Path, dtype: str, co
     assert 0.1 * reserve < live.most <= reserve
 
 
+VAES: list[tuple[str, dict[str, Any]]] = [
+    ("wan", VAE | {"base_dim": 16, "num_res_blocks": 2}),
+    ("ti2v", TI2V_VAE | {"base_dim": 16, "num_res_blocks": 2}),
+    ("sd", {"block_out_channels": (16, 32, 32), "norm_num_groups": 4, "layers_per_block": 2,
+            "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), VAES, ids=lambda told: told if isinstance(told, str) else "")
+def test_a_tile_needs_no_more_than_is_reserved(kind: str, config: dict[str, Any]) -> None:
+    """A picture larger than a tile does not need more than one."""
+    from diffusers import AutoencoderKL, AutoencoderKLWan
+
+    vae = (AutoencoderKL if kind == "sd" else AutoencoderKLWan)(**config).eval().requires_grad_(False)
+    stride = {"wan": 8, "ti2v": 16, "sd": 4}[kind]
+    part = Component(name="vae", library="diffusers", class_name="", folder=Path(), variant=None, files=(),
+                     config=dict(vae.config))  # fmt: skip
+    told = Resolved(folder=Path(), pipeline="", scalars={}, components={"vae": part})
+    for height, width in ((128, 192), (640, 512)):
+        reserve = tile_bytes(told, Work(height=height, width=width, pictures=True))
+        with torch.inference_mode(), LiveBytes() as live:
+            encode_in_tiles(vae, torch.zeros(3, height, width), stride, lambda: None)
+        assert reserve is not None and 0.2 * reserve < live.most <= reserve
+
+
+def test_the_vae_is_in_the_plan_where_pictures_are_encoded(tmp_path: Path, micro_wan: Path) -> None:
+    config = TeacherConfig(folder=micro_wan, device="cpu")
+    resolved, work = resolve(micro_wan, "auto"), Work(height=64, width=64)
+    without = placement_of(config, resolved, work)
+    told = placement_of(config, resolved, replace(work, pictures=True))
+    size = sum(parameter.nbytes for parameter in load_model(resolved.components["vae"], torch.float32).parameters())
+    assert told.of("vae").num_bytes == size and told.peaks[CPU] >= without.peaks[CPU] + size
+    assert "vae" not in {at.name for at in without.places}
+
+
+def test_a_map_of_ones_own_leaves_room_for_the_vae() -> None:
+    vae = Size(name="vae", is_encoder=True, modules={"all": 3 * GB}, own_work=6 * GB)
+    wish = Wish(strategy=MAP, modules={size.name: "cuda:0" for size in A14B}, budget=1.0)
+    held = sum(size.num_bytes for size in A14B) + CONTEXT_BYTES
+    machine = Machine(gpus={"cuda:0": held + 8 * GB}, host=64 * GB)
+    assert place(A14B, machine, wish).peaks == {"cuda:0": held}
+    with pytest.raises(Refused, match="too much on cuda:0"):
+        place([*A14B, vae], machine, wish)
+    roomy = Machine(gpus={"cuda:0": held + 9 * GB}, host=64 * GB)
+    assert place([*A14B, vae], roomy, wish).peaks == {"cuda:0": held + 9 * GB, CPU: 3 * GB}
+
+
+def test_who_takes_turns_makes_room_for_pictures(resolved: Resolved, tmp_path: Path, micro_wan: Path) -> None:
+    teacher = loaded(micro_wan, tmp_path, Work(records=2, height=64, width=64))
+    teacher._networks = networks_at(resolved, "turns", tmp_path)
+    home = teacher._networks.model("transformer").proj_out.weight.data_ptr()
+    predicted(teacher)
+    assert teacher._networks.model("transformer").proj_out.weight.data_ptr() != home
+
+    class Looking:
+        """Comes to encode pictures, and has none."""
+
+        def latents(self, item: WorkItem) -> dict[str, torch.Tensor]:
+            found.append(teacher._networks.model("transformer").proj_out.weight.data_ptr())
+            return {}
+
+    found: list[int] = []
+    config = harvest_config(tmp_path / "set", micro_wan)
+    contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
+    (item, *_) = planned(config).items
+    assert not rollout(teacher, item, contract, micro_batch=2, moved=lambda: None, pictures=Looking())
+    assert found == [home]
+
+
 @pytest.fixture
 def resolved(micro_wan: Path) -> Resolved:
     return resolve(micro_wan, "auto")
@@ -329,13 +417,13 @@ def test_the_presets_fit_the_machines_that_they_are_for() -> None:
     from harvest.config import HarvestConfig
     from harvest.loading.measure import wish_of
     from harvest.teacher import work_of
-    from tests.placement_page import true_shapes, true_sizes, work_reserve
+    from tests.placement_page import true_needs, true_shapes, true_sizes
 
     sizes = true_sizes(torch.bfloat16, true_shapes())
     for name, (num_gpus, gpu, host, expected) in PRESETS.items():
         config = load_config(HarvestConfig, Path(f"configs/harvest/wan22_{name}.yaml"))
         machine = Machine(gpus={f"cuda:{n}": gpu * GB for n in range(num_gpus)}, host=host * GB)
-        wish = wish_of(config.teacher, work_reserve(torch.bfloat16, work_of(config)))
+        wish = wish_of(config.teacher, true_needs(torch.bfloat16, work_of(config)))
         assert place(sizes, machine, wish).strategy == expected
         assert (config.workers == 1) == (name == "balanced")
 

@@ -4,9 +4,9 @@
     python -m tests.shapes.evaluate --teacher configs/teachers/shapes --rows held_out --count 64
     python -m tests.shapes.evaluate --teacher configs/teachers/shapes --rows picture --grid docs/shapes_teacher.png
 
-One frame, 20 steps, guidance 5 and 3.5, one seed a caption. Rows: `trained` (captions seen in training), `held_out` (256 new
-combinations of seen pairs), `held_out_pairs` (colour and shape never seen together), then the held-out captions again
-with the experts `swapped`, and with `high_alone` or `low_alone` over the whole range.
+One frame, 20 steps, guidance 5 and 3.5, one seed a caption. Rows: `trained` (captions seen in training), `held_out`
+(256 new combinations of seen pairs), `held_out_pairs` (colour and shape never seen together), then the held-out
+captions again with the experts `swapped`, and with `high_alone` or `low_alone` over the whole range.
 """
 
 import argparse

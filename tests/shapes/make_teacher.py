@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from tests.shapes.flat_vae import new_vae, restore
 from tests.shapes.text import write_tokenizer
-from tests.shapes.train_flow import BOUNDARY, SHIFT, train_expert, train_joint, trained
+from tests.shapes.train_flow import SHIFT, train_expert, train_joint, trained
 from tests.shapes.train_vae import encode_pool, train_decoder, train_vae, trained_vae
 
 STAGES = ("vae", "encode", "joint", "high", "low", "decoder", "assemble")
