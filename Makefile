@@ -34,7 +34,7 @@ demo: $(READY) ## harvest (interrupted once, resumed), train, sample: a picture 
 	@$(BIN)/python -m harvest run configs/harvest/demo.yaml
 	@$(BIN)/python -m harvest verify out/demo/set
 	@echo "--- 3. a student cut from the teacher, trained on the set alone"
-	@$(BIN)/python -m train init --teacher $(DEMO_TEACHER) --student $(DEMO_STUDENT) --out out/demo/init
+	@$(BIN)/python -m train init --teacher $(DEMO_TEACHER) --student $(DEMO_STUDENT) --set out/demo/set --out out/demo/init
 	@$(BIN)/python -m train run configs/train/demo.yaml
 	@echo "--- 4. its pictures above its teacher's, from the same noise"
 	@$(BIN)/python -m train sample out/demo/run --out out/demo/pictures.png
