@@ -99,16 +99,16 @@ def _run(config: HarvestConfig, teacher: Teacher) -> None:
 
 
 def _bare_forwards(task: Task, teacher: Teacher) -> np.ndarray:
-    """As many, as large, at the same noise levels and with the same texts, on one and the same state."""
+    """As many, as large, at the same noise levels and with the same texts, on one and the same state; each prompt
+    through the text encoder once."""
     config = task.config
     contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
-    prompts = {question.prompt for item in task.plan.items for question in item.questions}
-    texts = {prompt: teacher.encode([prompt])[0] for prompt in prompts}
-    negative = teacher.encode([contract.negative_prompt])[0]
     side = contract.latent_stride
 
     def ask() -> None:
+        negative = teacher.encode([contract.negative_prompt])[0]
         for item in task.plan.items:
+            texts = {question.prompt: teacher.encode([question.prompt])[0] for question in item.questions}
             grids = [contract_grid(contract, int(question.key, 16)) for question in item.questions]
             which = expert_of(grids[0].timesteps, contract.boundary, train_steps=contract.train_steps)
             for expert in range(contract.num_experts()):
