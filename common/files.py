@@ -9,6 +9,7 @@ Temporary names start with TEMPORARY_PREFIX, so that readers skip them and `swee
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 PIECE_BYTES = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk answers that is full."""
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Iterable[Bytes]

@@ -49,6 +49,19 @@ def harvest_here(config: HarvestConfig) -> Path:
     return config.out
 
 
+def trained_here(values: dict[str, Any], *, limit_s: float | None = None, **changes: Any) -> Path:
+    """The run of a training in this process, alone; `values` and `changes`: keys of its configuration."""
+    import torch
+
+    from train.config import TrainConfig
+    from train.dist import World
+    from train.loop import train
+
+    config = check(TrainConfig, values | changes, source="test")
+    train(config, World(rank=0, size=1, device=torch.device("cpu")), limit_s=limit_s)
+    return config.out
+
+
 def planned(config: HarvestConfig) -> Plan:
     from harvest.loading.folder import resolve
     from harvest.plan import make_plan

@@ -4,7 +4,6 @@ saver = Saver(run_dir, Keep(newest=2), log)
 saver.save(state, facts); saver.require_sound(); saver.finish()
 """
 
-import errno
 import threading
 import time
 from collections.abc import Mapping
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Partial
+from common.files import FULL
 from common.log import Log
 from train.state import Keep, Snapshot, TrainState, snapshot_of, write_checkpoint
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Saver:

@@ -12,9 +12,10 @@ import numpy as np
 
 from common.errors import BadUsage
 from common.manifest import Receipt
-from common.record import Array, Contract, Record
+from common.record import Contract, Record
 from common.shards import ASSETS, ShardSet
 from common.tensor_file import weight_files
+from harvest.running.health import rms
 
 
 def find(shards: ShardSet, key: str) -> tuple[Record, Receipt]:
@@ -41,11 +42,11 @@ def describe(record: Record, receipt: Receipt, contract: Contract) -> Iterator[s
     for point, (t, sigma, expert) in enumerate(zip(record.timesteps, record.sigmas, record.expert, strict=True)):
         latents, cond, uncond = (getattr(record, name)[point].astype(np.float32)
                                  for name in ("latents", "cond", "uncond"))  # fmt: skip
-        moved = contract.guidance[expert] * _rms(cond - uncond) / _rms(uncond)
-        sizes = " ".join(f"{_rms(array):8.4f}" for array in (latents, cond, uncond))
+        moved = contract.guidance[expert] * rms(cond - uncond) / rms(uncond)
+        sizes = " ".join(f"{rms(array):8.4f}" for array in (latents, cond, uncond))
         yield f"{point:>5} {t:8.2f} {sigma:8.5f} {expert:>6} {sizes} {moved:9.4f}"
     final = record.final.astype(np.float32)
-    yield f"final    rms {_rms(final):.4f}, from {final.min():.3f} to {final.max():.3f}"
+    yield f"final    rms {rms(final):.4f}, from {final.min():.3f} to {final.max():.3f}"
 
 
 def picture(shards: ShardSet, record: Record) -> Any:
@@ -83,7 +84,3 @@ def _vae(shards: ShardSet) -> Any:
     part = Component(name="vae", library="diffusers", class_name=config["_class_name"], folder=folder, config=config,
                      variant=variant, files=files)  # fmt: skip
     return load_model(part, torch.float32)
-
-
-def _rms(array: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))

@@ -105,13 +105,13 @@ def step_of(record: Record, where: str, contract: Contract) -> Fault:
 def odd_prediction(record: Record) -> Fault | None:
     """The first point whose prediction says nothing, or far too much."""
     for point in range(len(record.timesteps)):
-        size = _rms(record.latents[point])
+        size = rms(record.latents[point])
         for name in ("cond", "uncond"):
             prediction = getattr(record, name)[point]
             what = None
             if float(np.ptp(prediction)) == 0.0:
                 what = "constant"
-            elif _rms(prediction) > EXPLODES_ABOVE * max(size, 1.0):
+            elif rms(prediction) > EXPLODES_ABOVE * max(size, 1.0):
                 what = "exploding"
             if what:
                 where = f"{name}[{point}] (t={record.timesteps[point]:.1f}, expert {record.expert[point]})"
@@ -119,5 +119,5 @@ def odd_prediction(record: Record) -> Fault | None:
     return None
 
 
-def _rms(array: Any) -> float:
-    return float(np.sqrt(np.mean(np.square(array, dtype=np.float32))))
+def rms(array: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))

@@ -7,17 +7,16 @@ Nothing is changed silently: another micro-batch would be other numerics.
 """
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import Partial, Refused
+from common.files import FULL
 from common.log import human_bytes
 from harvest.config import HarvestConfig
 from harvest.loading.folder import Resolved
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 OF_THE_CPU = "DefaultCPUAllocator"
 
 

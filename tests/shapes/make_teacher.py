@@ -34,7 +34,7 @@ SHARES = {"vae": 0.079, "joint": 0.144, "high": 0.265, "low": 0.388, "decoder": 
 NUM_ENCODED = 24576
 SERVED_BOUNDARY = 0.8
 """Below the one that the experts were trained at, 0.875: from the joint run the high-noise one knows what lies between,
-and it draws shapes better there (0.94 of captions right instead of 0.91, docs/log.md)."""
+and it draws shapes better there (0.93 of captions right instead of 0.91, all else equal; docs/log.md)."""
 
 
 def run_stage(stage: str, work_dir: Path, out_dir: Path, minutes: float) -> None:

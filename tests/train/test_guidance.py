@@ -13,7 +13,7 @@ from common.config import check
 from common.errors import BadUsage, Refused, Stopped
 from common.record import Contract
 from common.shards import ShardSet
-from tests.made import command, made_contract, made_record
+from tests.made import command, made_contract, made_record, trained_here
 from train.chosen import first_records
 from train.config import TrainConfig
 from train.dist import World
@@ -22,7 +22,6 @@ from train.export import export
 from train.feed.data import Step
 from train.guidance import Drawn
 from train.held_out import micro_of
-from train.loop import train
 from train.objective import objective_of
 from train.run_folder import EMA_NAME, MODEL_NAME, OPTIMIZER_NAME, checkpoints, read_metrics
 from train.sample import draw, open_run
@@ -50,17 +49,11 @@ def asked(tmp_path: Path, micro_set: Path, micro_init: Path) -> dict[str, Any]:
     return settings(tmp_path, micro_set, micro_init)
 
 
-def run(asked: dict[str, Any], *, limit_s: float | None = None, **changes: Any) -> Path:
-    config = check(TrainConfig, asked | changes, source="test")
-    train(config, ALONE, limit_s=limit_s)
-    return config.out
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, micro_set: Path, micro_init: Path) -> Path:
     """180 steps."""
     values = settings(tmp_path_factory.mktemp("told"), micro_set, micro_init)
-    return run(values, num_epochs=20, save_samples=True, sample_interval=20)
+    return trained_here(values, num_epochs=20, save_samples=True, sample_interval=20)
 
 
 def question(w: float) -> tuple[torch.Tensor, ...]:
@@ -131,16 +124,16 @@ def test_a_student_that_begins_to_hear_answers_as_before(micro_init: Path) -> No
 
 
 def test_stopped_after_any_step_it_goes_on_to_the_same_bits(asked: dict[str, Any], tmp_path: Path) -> None:
-    straight = run(asked, out=tmp_path / "straight", num_epochs=0.6)
+    straight = trained_here(asked, out=tmp_path / "straight", num_epochs=0.6)
     for _ in range(3):
         with pytest.raises(Stopped):
-            run(asked, num_epochs=0.6, limit_s=0.0)
-    run(asked, num_epochs=0.6)
+            trained_here(asked, num_epochs=0.6, limit_s=0.0)
+    trained_here(asked, num_epochs=0.6)
     for name in (MODEL_NAME, EMA_NAME, OPTIMIZER_NAME):
         mine, theirs = (checkpoints(out)[-1] / name for out in (asked["out"], straight))
         assert mine.read_bytes() == theirs.read_bytes(), name
     with pytest.raises(Refused, match="guidance"):
-        run(asked, num_epochs=0.6, guidance={"low": 1.0, "high": 7.0})
+        trained_here(asked, num_epochs=0.6, guidance={"low": 1.0, "high": 7.0})
 
 
 def error_at(student: Any, set_path: Path, w: float, told: float) -> float:
@@ -199,10 +192,10 @@ def test_as_wanlite_it_keeps_its_ear_and_can_begin_another_run(
     kept, student = load_student(tmp_path / "kept").eval(), open_run(told).student
     with torch.inference_mode():
         assert torch.equal(kept(*question(2.0)), student(*question(2.0)))
-    again = run(asked, init=tmp_path / "kept", num_epochs=0.3)
+    again = trained_here(asked, init=tmp_path / "kept", num_epochs=0.3)
     assert open_run(again).student.config.guidance_embeds
     with pytest.raises(BadUsage, match="one w for an init that is told of it"):
-        run(asked, out=tmp_path / "other", init=tmp_path / "kept", guidance=None)
+        trained_here(asked, out=tmp_path / "other", init=tmp_path / "kept", guidance=None)
     export(told, tmp_path / "baked", form="wanlite", guidance=2.0)
     baked = load_student(tmp_path / "baked").eval()
     with torch.inference_mode():
@@ -222,7 +215,7 @@ def test_pictures_are_drawn_at_the_w_that_is_asked_for(tmp_path: Path, told: Pat
 
 
 def test_who_was_trained_at_one_w_takes_no_other(tmp_path: Path, asked: dict[str, Any]) -> None:
-    plain = run(asked, guidance=None, num_epochs=0.2)
+    plain = trained_here(asked, guidance=None, num_epochs=0.2)
     assert not open_run(plain).student.config.guidance_embeds
     with pytest.raises(Refused, match="inside its answers"):
         open_run(plain).answer(2.0)
@@ -242,7 +235,7 @@ def test_a_wish_that_cannot_be_met_is_refused(
     changes: dict[str, Any], fault: type[Exception], what: str, asked: dict[str, Any]
 ) -> None:
     with pytest.raises(fault) as raised:
-        run(asked, **changes)
+        trained_here(asked, **changes)
     assert what in str(raised.value)
 
 

@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from common.config import check
 from common.errors import BadUsage, Refused, Stopped
-from tests.made import command
+from tests.made import command, trained_here
 from train.config import Lora, TrainConfig
 from train.dist import World
 from train.export import export
 from train.extras import require_extras
-from train.loop import train
 from train.lora import DOWN, UP, adapt, merged
 from train.run_folder import EMA_NAME, MODEL_NAME, OPTIMIZER_NAME, checkpoints, read_metrics
 from train.sample import open_run
@@ -39,16 +38,10 @@ def asked(tmp_path: Path, micro_set: Path, micro_init: Path) -> dict[str, Any]:
     return settings(tmp_path, micro_set, micro_init)
 
 
-def run(asked: dict[str, Any], *, limit_s: float | None = None, **changes: Any) -> Path:
-    config = check(TrainConfig, asked | changes, source="test")
-    train(config, ALONE, limit_s=limit_s)
-    return config.out
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, micro_set: Path, micro_init: Path) -> Path:
     """9 steps."""
-    return run(settings(tmp_path_factory.mktemp("straight"), micro_set, micro_init), save_samples=True)
+    return trained_here(settings(tmp_path_factory.mktemp("straight"), micro_set, micro_init), save_samples=True)
 
 
 def adapted(init: Path, weights: dict[str, torch.Tensor], lora: dict[str, Any] = LORA) -> Any:
@@ -87,8 +80,8 @@ def test_adapters_alone_are_trained_averaged_and_kept(straight: Path, micro_init
 def test_stopped_after_any_step_it_goes_on_to_the_same_bits(asked: dict[str, Any], straight: Path) -> None:
     for _ in range(3):
         with pytest.raises(Stopped):
-            run(asked, limit_s=0.0)
-    run(asked)
+            trained_here(asked, limit_s=0.0)
+    trained_here(asked)
     for name in (MODEL_NAME, EMA_NAME, OPTIMIZER_NAME):
         mine, theirs = (checkpoints(out)[-1] / name for out in (asked["out"], straight))
         assert mine.read_bytes() == theirs.read_bytes(), name
@@ -142,12 +135,12 @@ def test_export_merges_or_writes_what_peft_opens(tmp_path: Path, straight: Path,
 
 def test_what_is_not_a_runs_own_is_refused(tmp_path: Path, asked: dict[str, Any], micro_set: Path,
                                            micro_init: Path) -> None:  # fmt: skip
-    run(asked, num_epochs=0.2)
+    trained_here(asked, num_epochs=0.2)
     for changed in (None, LORA | {"rank": 5}, LORA | {"targets": ["to_q"]}):
         with pytest.raises(Refused, match="set `lora` back"):
-            run(asked, num_epochs=0.2, lora=changed)
+            trained_here(asked, num_epochs=0.2, lora=changed)
     with pytest.raises(Refused, match="alpha"):
-        run(asked, num_epochs=0.2, lora=LORA | {"alpha": 9})
+        trained_here(asked, num_epochs=0.2, lora=LORA | {"alpha": 9})
     other = tmp_path / "other"
     other.mkdir()
     for path in micro_init.iterdir():
@@ -156,8 +149,8 @@ def test_what_is_not_a_runs_own_is_refused(tmp_path: Path, asked: dict[str, Any]
             data[-1] ^= 1
         (other / path.name).write_bytes(data)
     with pytest.raises(Refused, match="trained beside"):
-        run(asked, num_epochs=0.2, init=other)
-    full = run({**asked, "out": tmp_path / "full"}, num_epochs=0.2, lora=None)
+        trained_here(asked, num_epochs=0.2, init=other)
+    full = trained_here({**asked, "out": tmp_path / "full"}, num_epochs=0.2, lora=None)
     with pytest.raises(BadUsage, match="--adapter wants a run with `lora`"):
         export(full, tmp_path / "none", form="adapter")
 
@@ -170,7 +163,7 @@ def test_what_is_not_a_runs_own_is_refused(tmp_path: Path, asked: dict[str, Any]
 ])  # fmt: skip
 def test_a_wish_that_means_nothing_is_refused(changes: dict[str, Any], what: str, asked: dict[str, Any]) -> None:
     with pytest.raises(BadUsage) as fault:
-        run(asked, **changes)
+        trained_here(asked, **changes)
     assert what in str(fault.value)
 
 
