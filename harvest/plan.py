@@ -23,7 +23,7 @@ from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.images import read_pictures
 from harvest.prompts import Wish, read_prompts, seed_of
-from harvest.quarantine import notes_of
+from harvest.quarantine import notes_that_count
 from harvest.running.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
 
@@ -83,7 +83,7 @@ class Plan:
         }
         moved = moved_keys(shards)
         held |= {key for keys in moved.values() for key in keys}
-        held |= {key for note in notes_of(shards.path) if note.counts(manifest, moved) for key in note.bad_keys}
+        held |= {key for note in notes_that_count(shards.path, manifest) for key in note.bad_keys}
         for place, index in enumerate(np.random.default_rng(ORDER_SEED).permutation(len(self.items))):
             item = self.items[index]
             if not part.holds(place) or item.id in manifest.by_item or item.id in moved:

@@ -1,7 +1,7 @@
 """What was set aside: records that must not enter a shard, with what is wrong and where.
 
     Note(item=..., walked=keys, shard=..., faults=faults).write(set_dir)
-    for note in notes_of(set_dir): note.faults ...
+    for note in notes_that_count(set_dir, manifest): note.faults ...
 
 quarantine/<item>.json: {"walked": [key], "shard": item or null, "faults": [{key, what, where, step}]}
 
@@ -11,13 +11,12 @@ its micro-batch, and who asks for one again must know what was walked with it.
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.files import write_atomic
 from common.manifest import Manifest
-from common.shards import QUARANTINE
+from common.shards import MOVED, QUARANTINE
 
 Fault = dict[str, str]
 
@@ -36,9 +35,6 @@ class Note:
     def bad_keys(self) -> set[str]:
         return {fault["key"] for fault in self.faults}
 
-    def counts(self, manifest: Manifest, moved: Collection[str]) -> bool:
-        return self.shard is None or self.shard in manifest.by_item or self.shard in moved
-
     def write(self, set_dir: Path) -> None:
         values = asdict(self)
         del values["item"]
@@ -46,10 +42,21 @@ class Note:
 
 
 def notes_of(set_dir: Path) -> list[Note]:
-    return [
-        Note(item=path.stem, **json.loads(path.read_bytes()))
-        for path in sorted((set_dir / QUARANTINE).glob("[!.]*.json"))
-    ]
+    return [_read(path) for path in sorted((set_dir / QUARANTINE).glob("[!.]*.json"))]
+
+
+def notes_that_count(set_dir: Path, manifest: Manifest) -> list[Note]:
+    moved = {path.stem for path in (set_dir / MOVED).glob("[!.]*.json")}
+    return [note for note in notes_of(set_dir) if note.shard is None or note.shard in manifest.by_item.keys() | moved]
+
+
+def note_of(set_dir: Path, item: str) -> Note | None:
+    path = set_dir / QUARANTINE / f"{item}.json"
+    return _read(path) if path.exists() else None
+
+
+def _read(path: Path) -> Note:
+    return Note(item=path.stem, **json.loads(path.read_bytes()))
 
 
 def remove_note(set_dir: Path, item: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from common.log import human_bytes
 from common.shards import CONTRACT_NAME, QUARANTINE, RUNS, ShardSet
 from common.watch import read_heartbeat
-from harvest.quarantine import notes_of
+from harvest.quarantine import notes_that_count
 
 
 def survey(set_path: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def survey(set_path: Path) -> dict[str, Any]:
         "bytes": manifest.num_bytes,
         "sizes": dict(Counter(f"{receipt.height}x{receipt.width}" for receipt in manifest.receipts)),
         "numerics": len(numerics),
-        "quarantined": sum(len(note.faults) for note in notes_of(set_path)),
+        "quarantined": sum(len(note.faults) for note in notes_that_count(set_path, manifest)),
         "runs": beats,
     }
 

@@ -154,9 +154,13 @@ class Run:
                         saver.finish()
                         self.world.any(False)  # all leave together: a launcher ends the others when one has left
                     raise stop.fault()
+            with stage("save"):
+                saver.finish()
         finally:
-            feed.close()
-            saver.finish()
+            try:
+                feed.close()
+            finally:
+                saver.finish()
         log.say("done", samples=state.samples_seen)
 
     def _batch_size(self, stepper: Stepper, log: Log) -> int:

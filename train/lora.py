@@ -86,6 +86,9 @@ def base_digest(init_dir: Path) -> str:
 
 
 def require_base(init_dir: Path, digest: str) -> None:
+    if not (init_dir / WEIGHTS_NAME).is_file():
+        raise BadUsage(wrong="the init that these adapters were trained beside is gone",
+                       found=f"no {init_dir / WEIGHTS_NAME}", mend="put it back there")  # fmt: skip
     if base_digest(init_dir) != digest:
         raise Refused(
             wrong="the init is not the one that these adapters were trained beside",

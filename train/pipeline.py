@@ -103,10 +103,14 @@ def _refuse_what_wan_pipeline_cannot_open(finished: Finished) -> None:
 
 
 def _plainly(part_dir: Path) -> Iterator[tuple[str, Path]]:
-    """A part's files under plain names: a pipeline is opened with one variant for all of its parts. A plain file comes
-    after the variant of its name, and takes its place."""
+    """A part's files under plain names, its weights of one variant, the plain one if it is there: a pipeline is opened
+    with one variant for all of its parts."""
+    variant = next((kind for kind in VARIANTS if weight_files(part_dir, kind)), None)
+    chosen = weight_files(part_dir, variant)
     for path in sorted(part_dir.iterdir()):
-        if path.is_file():
+        is_others = path.suffix == ".safetensors" and path not in chosen
+        is_others |= ".index." in path.name and (VARIANT in path.name) != (variant is not None)
+        if path.is_file() and not is_others:
             yield path.name.replace(VARIANT, ""), path
 
 

@@ -98,6 +98,6 @@ def walked_as(task: Task, keys: Collection[str], item_id: str) -> WorkItem:
     (holder,) = holders
     if holder.id == item_id:
         return holder
-    notes = notes_of(task.config.out)
+    notes = sorted(notes_of(task.config.out), key=lambda note: note.shard != item_id)  # first who names this very shard
     together = next((note.walked for note in notes if set(keys) <= set(note.walked)), keys)
     return replace(holder, questions=tuple(question for question in holder.questions if question.key in together))

@@ -23,7 +23,7 @@ from harvest.config import HarvestConfig
 from harvest.granary.again import Asked, asked_again, task_for, walked_as
 from harvest.granary.rebuild import rebuild
 from harvest.granary.verify import LOST_RECEIPT, verify
-from harvest.quarantine import Note, notes_of
+from harvest.quarantine import Note, notes_that_count
 from harvest.running.health import Health
 from harvest.running.loop import Task
 
@@ -34,7 +34,7 @@ def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
     damages = list(verify(shards))
     lost = {damage.item for damage in damages if damage.pieces == LOST_RECEIPT}
     items = sorted({damage.item for damage in damages} - lost)
-    notes = [note for note in notes_of(set_dir) if note.faults]
+    notes = [note for note in notes_that_count(set_dir, shards.manifest()) if note.faults]
     if items or notes:
         with asked_again(task) as asked:
             for item in items:

@@ -19,6 +19,7 @@ from common.files import replace_quietly
 from common.manifest import whole_receipt
 from common.shards import RUNS, ShardSet
 from harvest.plan import Plan, WorkItem
+from harvest.quarantine import note_of
 from harvest.running.slices import Slice
 
 LEASES = "leases"
@@ -62,7 +63,7 @@ class Leases:
     def sweep(self, shards: ShardSet) -> None:
         """What somebody left who was killed between his commit and his release."""
         for path in self._folder.glob("[!.]*.json"):
-            if _is_committed(path.stem, shards):
+            if _is_done(path.stem, shards):
                 self.release(path.stem)
 
     def __enter__(self) -> Self:
@@ -117,7 +118,7 @@ def agenda(
 
 def _free(items: Iterable[WorkItem], shards: ShardSet, leases: Leases) -> Iterator[WorkItem]:
     for item in items:
-        if not _is_committed(item.id, shards) and leases.take(item.id):
+        if not _is_done(item.id, shards) and leases.take(item.id):
             yield item
 
 
@@ -131,6 +132,13 @@ def _is_abandoned(item: WorkItem, leases: Leases, wait: Callable[[float], None])
     return True
 
 
+def _is_done(item: str, shards: ShardSet) -> bool:
+    """By now, not when the plan was made: committed, or what is good of it, under a name of its own."""
+    if _is_committed(item, shards):
+        return True
+    note = note_of(shards.path, item)
+    return note is not None and (note.shard is None or _is_committed(note.shard, shards))
+
+
 def _is_committed(item: str, shards: ShardSet) -> bool:
-    """By now, not when the plan was made."""
     return whole_receipt(shards.receipt_path(item), f"{shards.shards_dir}/") is not None

@@ -60,6 +60,8 @@ class Place:
     """Not before this."""
     lively_at: float = 0.0
     """When its worker was last heard to move."""
+    started: float = 0.0
+    """By the wall's clock: a heartbeat from before is another process's, of the same number."""
     done: bool = False
     retired: bool = False
 
@@ -132,7 +134,8 @@ def _watch_over(places: Sequence[Place], task: Task, stop: StopRequest, watch: H
         stop.check()
         for place in places:
             if place.process is None and place.is_wanted and time.monotonic() > place.start_at:
-                place.process, place.lively_at = _start(place, config_path, options), time.monotonic()
+                place.started, place.lively_at = time.time(), time.monotonic()
+                place.process = _start(place, config_path, options)
             elif place.process is not None and place.process.poll() is not None:
                 _ended(place, places, task.config, log)
         if time.monotonic() > listen_at:
@@ -155,6 +158,7 @@ def _listen(place: Place, config: HarvestConfig, log: Log) -> None:
     if place.process is None:
         return
     now, beat = time.monotonic(), read_heartbeat(run_dir(config, place.process.pid))
+    beat = None if beat is None or beat["time"] < place.started - 1.0 else beat
     if beat is not None and not beat["state"].startswith("stalled") and time.time() - beat["time"] < config.deadline_s:
         place.lively_at = now
     silent_s = now - place.lively_at

@@ -97,6 +97,9 @@ def test_a_note_counts_once_the_good_ones_are_committed(config: HarvestConfig, c
     for good, left in (keys[1:], [4]), ([], [3]):  # all of it; all but what nobody can compute
         Note(item=receipt.item, walked=keys, shard=item_id(good) if good else None, faults=[fault]).write(copied)
         assert [len(item.questions) for item in planned(config).remaining(ShardSet.open(copied))] == left
+        if good:  # and nobody mends what will be walked whole
+            assert list(repair(config, copied)) == ["nothing is damaged, nothing is quarantined"]
+            assert survey(copied)["quarantined"] == 0
 
 
 def digests(set_dir: Path) -> dict[str, str]:

@@ -14,8 +14,11 @@ import pytest
 
 from common.errors import BadUsage, Refused, Stopped
 from common.log import Log
+from common.record import item_id
 from common.shards import RUNS, ShardSet
-from harvest.running.agenda import Leases
+from harvest.granary.select import take
+from harvest.quarantine import Note
+from harvest.running.agenda import Leases, _free
 from harvest.running.loop import harvest
 from harvest.running.slices import WHOLE, Slice, is_launched, parse_slice, see_own_gpu, slice_of
 from harvest.running.workers import Place, _ended, share_out
@@ -144,6 +147,30 @@ def test_a_worker_that_is_done_helps_with_the_rest(tmp_path: Path, micro_wan: Pa
         sleeper.wait()
     assert harvest(config, part=Slice(rank=2, size=3)) == 4
     assert tree(config.out) == tree(micro_set)
+
+
+def test_an_item_whose_good_records_are_committed_is_not_walked_again(
+    tmp_path: Path, micro_wan: Path, micro_set: Path
+) -> None:
+    """By somebody whose list of what remains is from before; and its lease is swept."""
+    config = harvest_config(tmp_path / "set", micro_wan)
+    shutil.copytree(micro_set, config.out)
+    shards = ShardSet.open(config.out)
+    item = planned(config).items[0]
+    keys = [question.key for question in item.questions]
+    receipt = shards.receipt_path(item.id)
+    good = shards.receipt_path(item_id(keys[1:]))
+    fault = {"key": keys[0], "what": "not finite", "where": "cond[0]"}
+    leases = Leases(config.out)
+    whole = shards.manifest().by_item[item.id]
+    packed = shards.read(whole).packed()
+    receipt.unlink()
+    Note(item=item.id, walked=keys, shard=item_id(keys[1:]), faults=[fault]).write(config.out)
+    assert list(_free([item], shards, leases)) == [item] and not good.exists()
+    shards.commit_packed(take(packed, [1, 2, 3], shards.contract), "zarr")
+    assert list(_free([item], shards, leases)) == []
+    leases.sweep(shards)
+    assert not list((config.out / RUNS / "leases").iterdir())
 
 
 def test_the_lease_of_one_killed_after_his_commit_is_swept(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:

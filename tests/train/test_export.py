@@ -23,6 +23,7 @@ from train.config import TrainConfig
 from train.dist import joined
 from train.export import export
 from train.loop import train
+from train.pipeline import _plainly
 from train.sample import draw, open_run, padded
 
 
@@ -222,3 +223,17 @@ def test_a_damaged_checkpoint_or_a_taken_name_is_refused(tmp_path: Path, run: Pa
     with pytest.raises(BadUsage, match="no checkpoint"):
         export(tmp_path / "nothing", tmp_path / "out", form="wanlite")
     assert json.loads((file.parent / "state.json").read_text())["samples_seen"] > 0
+
+
+def test_of_two_variants_one_is_taken_whole(tmp_path: Path) -> None:
+    """A plain file beside the other variant's shards, as a folder may hold that was fetched twice."""
+    for name in ("model-00001-of-00002", "model-00002-of-00002", "model.fp16"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    (tmp_path / "config.json").write_text("{}")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    plain = ["config.json", *sorted(shards.values()), "model.safetensors.index.json"]
+    assert sorted(name for name, _ in _plainly(tmp_path)) == sorted(plain)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert [(name, path.name) for name, path in _plainly(tmp_path)] == [
+        ("config.json", "config.json"), ("model.safetensors", "model.fp16.safetensors")]  # fmt: skip

@@ -213,6 +213,8 @@ def test_an_epoch_waits_for_a_shard_and_then_goes_on_without(settings: dict[str,
         shutil.copytree(growing, empty, ignore=shutil.ignore_patterns("receipts"))
         (empty / "receipts").mkdir()
         Epochs(ShardSet.open(empty), tmp_path / "e", rank=0, follow_s=0.2).freeze(0)
+    with pytest.raises(Stopped, match="no shard was committed yet"):
+        Epochs(ShardSet.open(empty), tmp_path / "e", rank=0, follow_s=60, stopping=lambda: True).freeze(0)
     epochs = Epochs(shards, tmp_path / "epochs", rank=0, follow_s=5.0)
     assert len(epochs.freeze(0)) == 1
     threading.Timer(0.6, lambda: away[0].rename(late[0])).start()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import Partial, Refused
+from common.errors import Partial, Refused, Stopped
 from common.files import write_atomic
 from common.manifest import Receipt
 from common.shards import ShardSet
@@ -64,6 +64,8 @@ class Epochs:
 
     def _write(self, path: Path, epoch: int) -> None:
         receipts = self._followed(epoch)
+        if not receipts and self._stopping():
+            raise Stopped(wrong="asked to stop", found="no shard was committed yet", mend="run the same command again")
         if not receipts:
             raise Partial(wrong=f"{self._shards.path} holds no shard yet", found="0 receipts", mend="harvest first")
         frozen = {"epoch": epoch, "items": {receipt.item: receipt.digest for receipt in receipts}}
