@@ -1,12 +1,12 @@
-"""How the three fields of a point become bytes and come back.
+"""How the fields of a point become bytes and come back. Which ones they are, the contract says: contract.point_fields.
 
 encoding = encoding_of(contract, (16, 64, 64))
 points = encoding.pack(latents, cond, uncond)          [K, *point_shape] of encoding.dtype: what a container stores
-latents, cond, uncond = encoding.unpack(points)
+latents, cond, uncond = encoding.unpack(points)        or latents, guided
 
 float16, float32   the fields as they are, [K, field, C, H, W]
-int8-block64       [K, bytes]: latents in float16, then uncond and cond - uncond as int8 in blocks of 64 over
-                   [C, H, W] in C order, then their float16 scales. The difference is coded, not cond itself:
+int8-block64       [K, bytes]: latents in float16, then uncond and cond - uncond (or guided alone) as int8 in blocks of
+                   64 over [C, H, W] in C order, then their float16 scales. The difference is coded, not cond itself:
                    guidance multiplies its error, and coding both branches apart would triple that.
 """
 
@@ -16,7 +16,6 @@ import numpy as np
 
 from common.record import Array, Contract
 
-FIELDS = ("latents", "cond", "uncond")
 BLOCK = 64
 INT8 = "int8-block64"
 
@@ -25,23 +24,22 @@ class Encoding(Protocol):
     dtype: np.dtype
     point_shape: tuple[int, ...]
 
-    def pack(self, latents: Array, cond: Array, uncond: Array) -> Array: ...
+    def pack(self, *fields: Array) -> Array: ...
 
-    def unpack(self, points: Array) -> tuple[Array, Array, Array]: ...
+    def unpack(self, points: Array) -> tuple[Array, ...]: ...
 
 
 class PlainEncoding:
     """The fields side by side in one dtype."""
 
-    def __init__(self, dtype: np.dtype, state_shape: tuple[int, ...]) -> None:
-        self.dtype, self.point_shape = dtype, (len(FIELDS), *state_shape)
+    def __init__(self, dtype: np.dtype, num_fields: int, state_shape: tuple[int, ...]) -> None:
+        self.dtype, self.point_shape = dtype, (num_fields, *state_shape)
 
-    def pack(self, latents: Array, cond: Array, uncond: Array) -> Array:
-        return np.stack([latents, cond, uncond], axis=1).astype(self.dtype, copy=False)
+    def pack(self, *fields: Array) -> Array:
+        return np.stack(fields, axis=1).astype(self.dtype, copy=False)
 
-    def unpack(self, points: Array) -> tuple[Array, Array, Array]:
-        latents, cond, uncond = (points[:, field] for field in range(len(FIELDS)))  # views: nothing is copied
-        return latents, cond, uncond
+    def unpack(self, points: Array) -> tuple[Array, ...]:
+        return tuple(points[:, field] for field in range(self.point_shape[0]))  # views: nothing is copied
 
 
 class Int8Encoding:
@@ -50,26 +48,27 @@ class Int8Encoding:
     dtype = np.dtype(np.uint8)
     point_shape: tuple[int, ...]
 
-    def __init__(self, state_shape: tuple[int, ...]) -> None:
-        self.state_shape = state_shape
+    def __init__(self, num_fields: int, state_shape: tuple[int, ...]) -> None:
+        self.state_shape, self.num_parts = state_shape, num_fields - 1
         self.num_values = int(np.prod(state_shape))
         self.num_blocks = -(-self.num_values // BLOCK)
-        self.point_shape = (4 * self.num_values + 4 * self.num_blocks,)
+        widths = [2 * self.num_values, *[self.num_values] * self.num_parts, *[2 * self.num_blocks] * self.num_parts]
+        self._bounds = np.cumsum(widths)[:-1]
+        self.point_shape = (sum(widths),)
 
-    def pack(self, latents: Array, cond: Array, uncond: Array) -> Array:
-        uncond32 = uncond.astype(np.float32)
-        parts = [self._quantized(uncond32), self._quantized(cond.astype(np.float32) - uncond32)]
+    def pack(self, *fields: Array) -> Array:
+        latents, *cond, base = (field.astype(np.float32, copy=False) for field in fields)
+        parts = [self._quantized(part) for part in (base, *(branch - base for branch in cond))]
         columns = [latents.astype("<f2"), *(values for values, _ in parts), *(scales for _, scales in parts)]
         return np.concatenate([column.reshape(len(latents), -1).view(np.uint8) for column in columns], axis=1)
 
-    def unpack(self, points: Array) -> tuple[Array, Array, Array]:
-        n, blocks = self.num_values, self.num_blocks
-        bounds = np.cumsum([2 * n, n, n, 2 * blocks])
-        latents, uncond, difference, uncond_scale, scale = np.split(np.ascontiguousarray(points), bounds, axis=1)
+    def unpack(self, points: Array) -> tuple[Array, ...]:
+        latents, *columns = np.split(np.ascontiguousarray(points), self._bounds, axis=1)
         shape = (len(points), *self.state_shape)
-        base = self._restored(uncond, uncond_scale).reshape(shape)
-        cond = base + self._restored(difference, scale).reshape(shape)
-        return np.ascontiguousarray(latents).view("<f2").reshape(shape), cond, base
+        coded = zip(columns[: self.num_parts], columns[self.num_parts :], strict=True)
+        base, *differences = (self._restored(values, scales).reshape(shape) for values, scales in coded)
+        cond = (base + difference for difference in differences)
+        return np.ascontiguousarray(latents).view("<f2").reshape(shape), *cond, base
 
     def _quantized(self, values: Array) -> tuple[Array, Array]:
         """[K, ...] -> int8 [K, n] and float16 scales [K, blocks]."""
@@ -93,5 +92,5 @@ class Int8Encoding:
 
 def encoding_of(contract: Contract, state_shape: tuple[int, ...]) -> Encoding:
     if contract.encoding == INT8:
-        return Int8Encoding(state_shape)
-    return PlainEncoding(contract.storage_dtype, state_shape)
+        return Int8Encoding(len(contract.point_fields), state_shape)
+    return PlainEncoding(contract.storage_dtype, len(contract.point_fields), state_shape)

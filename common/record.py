@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from common.errors import Refused
 
 FORMAT_VERSION = 1
+BOTH, GUIDED = "both", "guided"
+POINT_FIELDS = {BOTH: ("latents", "cond", "uncond"), GUIDED: ("latents", "guided")}
+"""What a contract says of branches -> the arrays of a point, in the order in which they are stored."""
 
 Array = NDArray[Any]
 
@@ -48,21 +51,40 @@ class Record:
     sigmas: Array  # [K] float32
     expert: Array  # [K] uint8, 0 = transformer (high noise), 1 = transformer_2
     latents: Array  # [K, C, H, W], what the teacher saw
-    cond: Array  # [K, C, H, W]
-    uncond: Array  # [K, C, H, W]
+    cond: Array | None = None  # [K, C, H, W]
+    uncond: Array | None = None  # [K, C, H, W]
+    guided: Array | None = None  # [K, C, H, W], where only the combination is kept; then the two others are not there
     final: Array  # [C, H, W], the end point
 
     def __post_init__(self) -> None:
         num_points = len(self.timesteps)
         assert self.timesteps.dtype == self.sigmas.dtype == np.float32, "timesteps and sigmas are float32, never half"
-        assert self.latents.shape == self.cond.shape == self.uncond.shape == (num_points, *self.final.shape)
+        assert self.point_fields in POINT_FIELDS.values(), "cond and uncond, or guided alone"
+        assert {getattr(self, name).shape for name in self.point_fields} == {(num_points, *self.final.shape)}
         assert len(self.sigmas) == len(self.expert) == num_points
 
+    @property
+    def point_fields(self) -> tuple[str, ...]:
+        """The arrays that its points have."""
+        return tuple(name for name in ("latents", "cond", "uncond", "guided") if getattr(self, name) is not None)
+
+    def combination(self, contract: "Contract") -> Array:  # [K, C, H, W] float32
+        """The guided prediction at the set's own w, whether it is stored or what it is made of."""
+        if self.guided is not None:
+            return self.guided.astype(np.float32, copy=False)
+        assert self.cond is not None and self.uncond is not None
+        w = np.asarray(contract.guidance, np.float32)[self.expert][:, None, None, None]
+        uncond = self.uncond.astype(np.float32, copy=False)
+        combined: Array = uncond + w * (self.cond.astype(np.float32, copy=False) - uncond)
+        return combined
+
     def digest(self) -> str:
-        """sha256 over the fields in declared order, each name|dtype|shape|little-endian bytes."""
+        """sha256 over the fields that are there in declared order, each name|dtype|shape|little-endian bytes."""
         running = hashlib.sha256()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None:
+                continue
             array = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else np.asarray(value)
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             running.update(f"{field.name}|{array.dtype.str}|{'x'.join(map(str, array.shape))}|".encode())
@@ -71,7 +93,7 @@ class Record:
 
     def bad_field(self, dtype: np.dtype[Any]) -> str | None:
         """The first array that would hold NaN or Inf in `dtype`, with its point; None when all is finite."""
-        for name in ("text", "latents", "cond", "uncond", "final"):
+        for name in ("text", *self.point_fields, "final"):
             array = getattr(self, name)
             finite = np.abs(array) <= np.finfo(dtype).max
             if not finite.all():
@@ -128,18 +150,23 @@ class Contract:
     compute_dtype: str
     encoding: str
     """float16 | float32 | int8-block64, see common/encoding.py: how points are stored."""
+    # What contracts did not say from the beginning: without it they mean its default, which is never written, so that
+    # a set's digest is what it was.
+    branches: str = BOTH
+    """both: a point holds cond and uncond; guided: their combination at `guidance` alone."""
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(self._said(), indent=1, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values: dict[str, Any] = json.loads(data)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if values.get("format_version") != FORMAT_VERSION or set(values) != names:
+        odd = (set(values) ^ {field.name for field in dataclasses.fields(cls)}) - {"branches"}
+        branches = values.get("branches", BOTH)
+        if values.get("format_version") != FORMAT_VERSION or odd or branches not in tuple(POINT_FIELDS):
             raise Refused(
                 wrong="contract.json is of another format",
-                found=f"version {values.get('format_version')}, odd fields {sorted(set(values) ^ names)}",
+                found=f"version {values.get('format_version')}, odd fields {sorted(odd)}, branches {branches!r}",
                 mend=f"read it with the release that wrote it; this one knows version {FORMAT_VERSION}",
             )
         fields: dict[str, Any] = {
@@ -148,8 +175,11 @@ class Contract:
         return cls(**fields)
 
     def digest(self) -> str:
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
+        canonical = json.dumps(self._said(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _said(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("branches", BOTH)}
 
     def difference(self, other: "Contract") -> list[str]:
         return _difference(self, other)
@@ -158,6 +188,11 @@ class Contract:
     def storage_dtype(self) -> np.dtype[Any]:
         """Of texts and end points, and of the fields where they are stored as they are."""
         return np.dtype("float32" if self.encoding == "float32" else "float16")
+
+    @property
+    def point_fields(self) -> tuple[str, ...]:
+        """The arrays of a point: what is said of them anywhere is derived from here."""
+        return POINT_FIELDS[self.branches]
 
     def num_experts(self) -> int:
         return 1 if self.boundary is None else 2

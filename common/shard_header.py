@@ -100,8 +100,9 @@ class PackedShard:
 def pack_records(records: Sequence[Record], contract: Contract, numerics: Numerics) -> PackedShard:
     """Digests are taken over the records as they will be read, so they are the same in every container."""
     dtype = contract.storage_dtype
-    encoding = encoding_of(contract, records[0].final.shape)
-    points = [encoding.pack(record.latents, record.cond, record.uncond) for record in records]
+    encoding, names = encoding_of(contract, records[0].final.shape), contract.point_fields
+    assert all(record.point_fields == names for record in records), f"the set holds {names}"
+    points = [encoding.pack(*(getattr(record, name) for name in names)) for record in records]
     stored = [as_stored(record, contract, rows) for record, rows in zip(records, points, strict=True)]
     by_prompt = {record.prompt: record.text for record in stored}
     prompts = tuple(by_prompt)
@@ -131,15 +132,13 @@ def pack_records(records: Sequence[Record], contract: Contract, numerics: Numeri
 def as_stored(record: Record, contract: Contract, points: Array) -> Record:
     """The record that a reader will get back."""
     dtype = contract.storage_dtype
-    latents, cond, uncond = encoding_of(contract, record.final.shape).unpack(points)
-    return dataclasses.replace(
-        record,
-        text=record.text.astype(dtype),
-        latents=latents,
-        cond=cond,
-        uncond=uncond,
-        final=record.final.astype(dtype),
-    )
+    fields = fields_of(contract, record.final.shape, points)
+    return dataclasses.replace(record, text=record.text.astype(dtype), final=record.final.astype(dtype), **fields)
+
+
+def fields_of(contract: Contract, state_shape: tuple[int, ...], points: Array) -> dict[str, Any]:
+    """The arrays of a record's points [K, *point_shape], by name."""
+    return dict(zip(contract.point_fields, encoding_of(contract, state_shape).unpack(points), strict=True))
 
 
 def three_digits(number: float) -> float:
@@ -147,9 +146,8 @@ def three_digits(number: float) -> float:
 
 
 def _guided_error(contract: Contract, record: Record, stored: Record) -> float:
-    """Of uncond + w (cond - uncond), relative to its norm."""
-    w = np.asarray(contract.guidance, np.float32)[record.expert][:, None, None, None]
-    true, found = (r.uncond + w * (r.cond.astype(np.float32) - r.uncond) for r in (record, stored))
+    """Of the guided prediction, relative to its norm."""
+    true, found = record.combination(contract), stored.combination(contract)
     norm = float(np.linalg.norm(true))
     return float(np.linalg.norm(found - true)) / norm if norm else 0.0
 
@@ -159,7 +157,6 @@ def make_record(
 ) -> Record:
     """One record from its stored pieces."""
     prompt = header.prompt_of[index]
-    latents, cond, uncond = encoding_of(contract, final.shape).unpack(points)
     return Record(
         key=header.keys[index],
         prompt=header.prompts[prompt],
@@ -170,10 +167,8 @@ def make_record(
         timesteps=header.timesteps[index],
         sigmas=header.sigmas[index],
         expert=header.expert[index],
-        latents=latents,
-        cond=cond,
-        uncond=uncond,
         final=final,
+        **fields_of(contract, final.shape, points),
     )
 
 

@@ -18,13 +18,12 @@ from typing import Self
 
 import numpy as np
 
-from common.encoding import encoding_of
 from common.errors import BadUsage, Corrupt, Refused
 from common.extents import crc32c
 from common.files import sweep, sync_folder, write_atomic, write_folder
 from common.manifest import MAX_RECORDS, Manifest, Receipt, fold, whole_receipt
-from common.record import Array, Contract, Numerics, Record
-from common.shard_header import PackedShard, pack_records, three_digits
+from common.record import Contract, Numerics, Record
+from common.shard_header import PackedShard, pack_records, record_of, three_digits
 from common.shard_reader import CONTAINERS, ShardReader, open_shard
 
 CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE, MOVED = (
@@ -175,12 +174,9 @@ def _sha256(text: str) -> str:
 
 
 def _guided_std(shard: PackedShard, contract: Contract) -> float:
-    encoding = encoding_of(contract, shard.final.shape[1:])
-    guidance = np.asarray(contract.guidance, np.float32)
     sums = np.zeros(3)
-    for rows, expert in zip(shard.points, shard.header.expert, strict=True):
-        _, cond, uncond = (part.astype(np.float32) for part in encoding.unpack(rows))
-        guided: Array = uncond + guidance[expert][:, None, None, None] * (cond - uncond)
+    for index in range(len(shard.header.keys)):
+        guided = record_of(shard, index, contract).combination(contract)
         sums += guided.size, float(guided.sum(dtype=np.float64)), float(np.square(guided, dtype=np.float64).sum())
     return float(np.sqrt(max(sums[2] / sums[0] - (sums[1] / sums[0]) ** 2, 0.0)))
 

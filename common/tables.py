@@ -27,6 +27,8 @@ class Layout:
     """How many pieces of which size a shard must have."""
 
     receipt: Receipt
+    fields: tuple[str, ...]
+    """Of a point."""
     encoding: Encoding
     state_shape: tuple[int, ...]
     state_dtype: np.dtype
@@ -52,8 +54,8 @@ class Layout:
     def of(cls, receipt: Receipt, contract: Contract) -> "Layout":
         side = contract.latent_stride
         shape = (contract.latent_channels, receipt.height // side, receipt.width // side)
-        return cls(receipt=receipt, encoding=encoding_of(contract, shape), state_shape=shape,
-                   state_dtype=contract.storage_dtype, text_dim=contract.text_dim)  # fmt: skip
+        return cls(receipt=receipt, fields=contract.point_fields, encoding=encoding_of(contract, shape),
+                   state_shape=shape, state_dtype=contract.storage_dtype, text_dim=contract.text_dim)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +85,11 @@ def names(
     layout: Layout, header: ShardHeader
 ) -> tuple[Callable[[int], str], Callable[[int], str], Callable[[int], str]]:
     """What an error calls a point, a final and a text row."""
-    item = f"item {layout.receipt.item}"
+    item, fields = f"item {layout.receipt.item}", "/".join(layout.fields)
 
     def point(index: int) -> str:
         record, number = divmod(index, layout.receipt.num_points)
-        return f"{item}, record {header.keys[record]}, point {number} (latents/cond/uncond)"
+        return f"{item}, record {header.keys[record]}, point {number} ({fields})"
 
     def final(index: int) -> str:
         return f"{item}, record {header.keys[index]}, final"

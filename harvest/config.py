@@ -107,6 +107,9 @@ class HarvestConfig(Section):
     latent_dtype: Literal["float16", "float32"] = "float16"
     encoding: Literal["float16", "float32", "int8-block64"] = "float16"
     """int8-block64: two thirds of the bytes, at 0.6 % error of the guided prediction."""
+    branches: Literal["both", "guided"] = "both"
+    """What is kept of each answer. both: cond and uncond; guided: their combination at `guidance` alone, in two thirds
+    of the bytes: training can then take no other w."""
     container: Literal["zarr", "tar"] = "zarr"
     micro_batch: PositiveInt = 4
     """Records in one forward: part of the numerics, so it is never changed while running."""

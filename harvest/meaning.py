@@ -46,6 +46,7 @@ def make_contract(config: HarvestConfig, facts: TeacherFacts, prints: Fingerprin
         keep_at=config.pinned_steps,
         compute_dtype=compute_dtype,
         encoding=config.encoding,
+        branches=config.branches,
     )
     solver_of(contract)  # refuses what it could not walk, before hours of loading
     return contract

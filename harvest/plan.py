@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.encoding import BLOCK
+from common.encoding import BLOCK, INT8
 from common.errors import BadUsage
 from common.extents import CRC_BYTES
 from common.manifest import MAX_RECORDS
-from common.record import item_id, record_key
+from common.record import POINT_FIELDS, item_id, record_key
 from common.shards import MOVED, ShardSet
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
@@ -131,8 +131,9 @@ def record_bytes(config: HarvestConfig, facts: TeacherFacts, height: int, width:
     """Of the arrays of one record, its text left out."""
     side = facts.latent_stride
     state = facts.latent_channels * (height // side) * (width // side)
-    point = {"float16": 6 * state, "float32": 12 * state, "int8-block64": 4 * state + 4 * -(-state // BLOCK)}
-    point_bytes = point[config.encoding]
+    num_fields = len(POINT_FIELDS[config.branches])
+    int8 = 2 * state + (num_fields - 1) * (state + 2 * -(-state // BLOCK))
+    point_bytes = {"float16": 2 * num_fields * state, "float32": 4 * num_fields * state, INT8: int8}[config.encoding]
     if config.container == "zarr":
         point_bytes = -(-(point_bytes + CRC_BYTES) // ALIGNMENT) * ALIGNMENT
     return config.keep * point_bytes + state * (4 if config.encoding == "float32" else 2)

@@ -6,6 +6,7 @@
         at each step   fed = scale x state, rounded to latent_dtype;  cond, uncond = teacher(fed, t)
                        guided = uncond + w (cond - uncond);  state = solver(state, guided)
         at kept steps  fed, cond, uncond go into the record          (source: trajectory)
+                       with branches: guided, fed and guided: the very numbers that the solver gets
     -> final = the end point; everything in float32: the set's encoding rounds it
     -> at kept steps   fed = the end point under fresh noise, the teacher asked again      (source: renoise)
     source: images         the end point is a picture's latent; there is no walk
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,14 +52,16 @@ class Walker:
     kept: Array  # [K]
     state: Tensor  # [C, H, W] float32
     copies: Copies
-    points: dict[int, list[Tensor]] = field(default_factory=dict)
+    points: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """On the host, once the copies are settled."""
 
-    def keep(self, step: int, row: int, *fields: Tensor) -> None:
-        self.points[step] = self.copies.take(*(field[row] for field in fields))
+    def keep(self, step: int, row: int, fields: Mapping[str, Tensor]) -> None:
+        taken = self.copies.take(*(field[row] for field in fields.values()))
+        self.points[step] = dict(zip(fields, taken, strict=True))
 
     def record(self, item: WorkItem) -> Record:
-        latents, cond, uncond = (np.stack([self.points[int(step)][i].numpy() for step in self.kept]) for i in range(3))
+        points = [self.points[int(step)] for step in self.kept]
+        fields: dict[str, Any] = {name: np.stack([point[name].numpy() for point in points]) for name in points[0]}
         return Record(
             key=self.question.key,
             prompt=self.question.prompt,
@@ -69,10 +72,8 @@ class Walker:
             timesteps=self.grid.timesteps[self.kept],
             sigmas=self.grid.sigmas[:-1][self.kept],
             expert=self.experts[self.kept],
-            latents=latents,
-            cond=cond,
-            uncond=uncond,
             final=self.state.cpu().numpy(),
+            **fields,
         )
 
 
@@ -185,11 +186,12 @@ def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contrac
         sigma, after, scale = (_column(values, state) for values in zip(*levels, strict=True))
         fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
         cond, uncond = teacher.predict(fed, t, condition)
+        guided = uncond + contract.guidance[expert] * (cond - uncond)
         if contract.source == "trajectory":
+            said = _chosen(contract, latents=fed, cond=cond, uncond=uncond, guided=guided)
             for row, walker in enumerate(walkers):
                 if step in walker.kept:
-                    walker.keep(step, row, fed, cond, uncond)
-        guided = uncond + contract.guidance[expert] * (cond - uncond)
+                    walker.keep(step, row, said)
         state = group.solver(Step(state=state, fed=fed, guided=guided, sigma=sigma, after=after, scale=scale,
                                   timestep=float(t[0])))  # fmt: skip
         yield
@@ -212,9 +214,16 @@ def _ask_again(teacher: Teacher, walkers: list[Walker], expert: int, negative: T
         fed = (scale * state).to(getattr(torch, contract.latent_dtype)).float()
         t = torch.from_numpy(np.stack([walker.grid.timesteps[step] for walker, step in part]))
         cond, uncond = teacher.predict(fed, t, condition)
+        guided = uncond + contract.guidance[expert] * (cond - uncond)
+        said = _chosen(contract, latents=fed, cond=cond, uncond=uncond, guided=guided)
         for row, (walker, step) in enumerate(part):
-            walker.keep(step, row, fed, cond, uncond)
+            walker.keep(step, row, said)
         yield
+
+
+def _chosen(contract: Contract, **fields: Tensor) -> dict[str, Tensor]:
+    """Those that the set holds."""
+    return {name: fields[name] for name in contract.point_fields}
 
 
 def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:

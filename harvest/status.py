@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.log import human_bytes
+from common.record import BOTH
 from common.shards import CONTRACT_NAME, QUARANTINE, RUNS, ShardSet
 from common.watch import read_heartbeat
 from harvest.quarantine import notes_that_count
@@ -21,6 +22,7 @@ def survey(set_path: Path) -> dict[str, Any]:
         "set": str(set_path),
         "teacher": shards.contract.teacher,
         "contract": shards.contract.digest()[:16],
+        "branches": shards.contract.branches,
         "shards": len(manifest.receipts),
         "absent": list(manifest.absent),
         "records": manifest.num_records,
@@ -42,9 +44,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if facts["teacher"] is None:
         return [f"{facts['set']}: no contract yet, its teacher has not been loaded", *runs]
     sizes = ", ".join(f"{count} shards of {size}" for size, count in facts["sizes"].items())
+    alone = "" if facts["branches"] == BOTH else f", {facts['branches']} predictions alone"
     out = [
         f"{facts['set']}: {facts['teacher']}, contract {facts['contract']}",
-        f"{facts['records']} records, {facts['points']} points, {human_bytes(facts['bytes'])}",
+        f"{facts['records']} records, {facts['points']} points, {human_bytes(facts['bytes'])}{alone}",
         sizes or "no shard yet",
     ]
     if facts["absent"]:

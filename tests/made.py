@@ -148,7 +148,7 @@ def made_record(number: int, contract: Contract | None = None, *, side: int = 64
     prompt = f"prompt {number // 2}"
     text = np.full((3 + number // 2 % 5, contract.text_dim), number // 2, dtype)
     sigmas = np.sort(rng.random(contract.keep).astype(np.float32))[::-1].copy()
+    fields = {name: array(*points) for name in contract.point_fields}
     return Record(key=record_key(prompt, number, side, side), prompt=prompt, seed=number, height=side, width=side,
                   text=text, timesteps=sigmas * np.float32(1000), sigmas=sigmas,
-                  expert=(sigmas < 0.875).astype(np.uint8), latents=array(*points), cond=array(*points),
-                  uncond=array(*points), final=array(*state))  # fmt: skip
+                  expert=(sigmas < 0.875).astype(np.uint8), final=array(*state), **fields)  # fmt: skip

@@ -83,8 +83,9 @@ class TrainConfig(Section):
     ema_on_host: bool = False
     """The moving average in the memory of the CPU: the price is one copy of the weights a step."""
     guidance: Guidance | None = None
-    """w of the target uncond + w (cond - uncond), per expert; None: the set's own; 1: no guidance. {low, high}: drawn
-    for each sample, and the student is told; at one w it is a plain student again (train export --guidance)."""
+    """w of the target uncond + w (cond - uncond), per expert; None: the set's own, which is all that a set of branches:
+    guided has; 1: no guidance. {low, high}: drawn for each sample, and the student is told; at one w it is a plain
+    student again (train export --guidance)."""
     level_shares: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
     """Of the loss, for the four quarters of sigma from low to high; None: as the harvest put its points."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -94,10 +94,10 @@ def micro_of(places: Sequence[tuple[Record, int]], spans: Spans | None, *, text_
     ends: dict[str, Tensor] = {}
     if spans is not None:
         ends = _ends(places, dict(spans))
-    return Micro(latents=stacked("latents"), cond=stacked("cond"), uncond=stacked("uncond"),
-                 timesteps=stacked("timesteps"), sigmas=stacked("sigmas"), expert=stacked("expert").long(),
+    fields = {name: stacked(name) for name in records[0].point_fields}
+    return Micro(timesteps=stacked("timesteps"), sigmas=stacked("sigmas"), expert=stacked("expert").long(),
                  text=text, lengths=lengths, inverse=torch.tensor([row_of[id(record)] for record, _ in places]),
-                 **ends)  # fmt: skip
+                 **fields, **ends)  # fmt: skip
 
 
 def _ends(places: Sequence[tuple[Record, int]], end_of: dict[int, int]) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def only_pinned(record: Record, contract: Contract) -> Record:
     points = pinned_points(contract, record.key)
     if points is None:
         return record
-    names = ("timesteps", "sigmas", "expert", "latents", "cond", "uncond")
+    names = ("timesteps", "sigmas", "expert", *record.point_fields)
     return dataclasses.replace(record, **{name: getattr(record, name)[points] for name in names})
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import BadUsage, Refused
-from common.record import Contract
+from common.record import GUIDED, Contract
 from common.schedule import GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
 from train.config import GuidanceRange, TrainConfig
 from train.feed.data import Micro
@@ -69,10 +69,18 @@ class Output:
     drawn: Drawn | None = None
     spans: None = None
 
+    def __post_init__(self) -> None:
+        only_own = self.guidance == self.contract.guidance and self.drawn is None
+        assert only_own or self.contract.branches != GUIDED, "objective_of refuses it"
+
     def ask(self, micro: Micro, w: Tensor | None = None) -> Question:
         if w is None:
-            w = torch.tensor(self.guidance, device=micro.cond.device)[micro.expert]
-        target = guided(micro.cond.float(), micro.uncond.float(), w)
+            w = torch.tensor(self.guidance, device=micro.latents.device)[micro.expert]
+        if micro.guided is not None:
+            target = micro.guided.float()
+        else:
+            assert micro.cond is not None and micro.uncond is not None
+            target = guided(micro.cond.float(), micro.uncond.float(), w)
         seen, sizes = micro.latents.float(), sizes_of(self.contract, micro.timesteps)
         if self.contract.prediction != "flow":
             sigma = _column(micro.sigmas)
@@ -121,6 +129,12 @@ def objective_of(config: TrainConfig, contract: Contract) -> Objective:
         return _segment(config, contract)
     if config.segments is not None:
         raise BadUsage(wrong="segments", found=f"{config.segments} with objective: output", mend="remove it")
+    if contract.branches == GUIDED and config.guidance not in (None, contract.guidance):
+        raise Refused(
+            wrong="guidance: another w than the set's, of which only the combination was kept",
+            found=f"{_told(config.guidance)}; a set of branches: guided, at {_told(contract.guidance)}",
+            mend="guidance: null, or harvest with branches: both",
+        )
     if isinstance(config.guidance, GuidanceRange):
         return Output(contract=contract, guidance=contract.guidance, drawn=_drawn(config, config.guidance, contract))
     guidance = config.guidance or contract.guidance

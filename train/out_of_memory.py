@@ -63,9 +63,10 @@ def probe(objective: Objective, contract: Contract, size: Size, batch_size: int,
     sigmas = torch.full((batch_size,), 0.5)
     times = sigmas * contract.train_steps
     ends = {"end": state, "end_sigmas": sigmas / 2, "end_timesteps": times / 2} if objective.spans else {}
-    return Micro(latents=state, cond=state, uncond=state, timesteps=times, sigmas=sigmas,
-                 expert=torch.zeros(batch_size, dtype=torch.long), text=text,
-                 lengths=torch.full((batch_size,), text_rows), inverse=torch.arange(batch_size), **ends)  # fmt: skip
+    fields = dict.fromkeys(contract.point_fields, state)
+    return Micro(timesteps=times, sigmas=sigmas, expert=torch.zeros(batch_size, dtype=torch.long), text=text,
+                 lengths=torch.full((batch_size,), text_rows), inverse=torch.arange(batch_size),
+                 **fields, **ends)  # fmt: skip
 
 
 def _goes(stepper: Stepper, micro: Micro) -> bool:

@@ -38,15 +38,24 @@ def describe(record: Record, receipt: Receipt, contract: Contract) -> Iterator[s
     yield f"key      {record.key} in item {receipt.item} ({receipt.stem}.{receipt.container.split('+')[0]})"
     yield f"prompt   {record.prompt}"
     yield f"seed     {record.seed}, {record.height}x{record.width}, {len(record.text)} text rows"
-    yield f"{'point':>5} {'t':>8} {'sigma':>8} expert {'latents':>8} {'cond':>8} {'uncond':>8} {'guidance':>9}"
+    columns = {name: getattr(record, name) for name in record.point_fields}
+    moved = _moved(record, contract)
+    heads = [*(f"{name:>8}" for name in columns), *([] if moved is None else [f"{'guidance':>9}"])]
+    yield f"{'point':>5} {'t':>8} {'sigma':>8} expert {' '.join(heads)}"
     for point, (t, sigma, expert) in enumerate(zip(record.timesteps, record.sigmas, record.expert, strict=True)):
-        latents, cond, uncond = (getattr(record, name)[point].astype(np.float32)
-                                 for name in ("latents", "cond", "uncond"))  # fmt: skip
-        moved = contract.guidance[expert] * rms(cond - uncond) / rms(uncond)
-        sizes = " ".join(f"{rms(array):8.4f}" for array in (latents, cond, uncond))
-        yield f"{point:>5} {t:8.2f} {sigma:8.5f} {expert:>6} {sizes} {moved:9.4f}"
+        sizes = [f"{rms(array[point]):8.4f}" for array in columns.values()]
+        sizes += [] if moved is None else [f"{moved[point]:9.4f}"]
+        yield f"{point:>5} {t:8.2f} {sigma:8.5f} {expert:>6} {' '.join(sizes)}"
     final = record.final.astype(np.float32)
     yield f"final    rms {rms(final):.4f}, from {final.min():.3f} to {final.max():.3f}"
+
+
+def _moved(record: Record, contract: Contract) -> list[float] | None:
+    """Per point, how far guidance moves the prediction, in sizes of uncond; None: it is not known any more."""
+    if record.uncond is None:
+        return None
+    pairs = zip(record.combination(contract), record.uncond.astype(np.float32), strict=True)
+    return [rms(guided - uncond) / rms(uncond) for guided, uncond in pairs]
 
 
 def picture(shards: ShardSet, record: Record) -> Any:

@@ -72,8 +72,7 @@ def _sample(asked: Asked, share: float) -> Iterator[tuple[Receipt, set[str]]]:
 
 def difference(mine: Record, theirs: Record, contract: Contract) -> float:
     """Of two records, as a share of the second: the worse of guided prediction and end point."""
-    weight = np.asarray(contract.guidance, np.float32)[mine.expert][:, None, None, None]
-    guided = [r.uncond + weight * (r.cond.astype(np.float32) - r.uncond) for r in (mine, theirs)]
+    guided = [record.combination(contract) for record in (mine, theirs)]
     final = [r.final.astype(np.float32) for r in (mine, theirs)]
     return max(_relative(*guided), _relative(*final))
 

@@ -106,7 +106,7 @@ def odd_prediction(record: Record) -> Fault | None:
     """The first point whose prediction says nothing, or far too much."""
     for point in range(len(record.timesteps)):
         size = rms(record.latents[point])
-        for name in ("cond", "uncond"):
+        for name in record.point_fields[1:]:
             prediction = getattr(record, name)[point]
             what = None
             if float(np.ptp(prediction)) == 0.0:

@@ -1,4 +1,5 @@
-"""What every container must pass. A container is admitted by a subclass that names it (tests/common/test_shards.py)."""
+"""What every container must pass, with either kind of points. A container is admitted by subclasses that name it and
+the branches that are kept (tests/common/test_shards.py)."""
 
 import dataclasses
 from pathlib import Path
@@ -10,32 +11,44 @@ import pytest
 from common.encoding import INT8
 from common.errors import Corrupt
 from common.manifest import Receipt
-from common.record import Record
+from common.record import BOTH, Contract, Record
 from common.shard_reader import OffsetReader, check_records
 from common.shards import ShardSet
-from harvest.granary.verify import require_whole
+from harvest.granary.verify import require_whole, verify
 from tests.made import NUMERICS, made_contract, made_record, tree
 
 
 def same(a: Record, b: Record) -> bool:
     """Every field, bit for bit, dtype and shape too."""
-    pairs = [(np.asarray(getattr(a, f.name)), np.asarray(getattr(b, f.name))) for f in dataclasses.fields(a)]
+    if a.point_fields != b.point_fields:
+        return False
+    names = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) is not None]
+    pairs = [(np.asarray(getattr(a, name)), np.asarray(getattr(b, name))) for name in names]
     return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs)
+
+
+def guided(record: Record, contract: Contract) -> Any:
+    """In double precision, by the formula itself."""
+    if record.guided is not None:
+        return record.guided.astype(np.float64)
+    w = np.asarray(contract.guidance)[record.expert][:, None, None, None]
+    return record.uncond + w * (record.cond.astype(np.float64) - record.uncond)  # type: ignore[operator, union-attr]
 
 
 class ContainerContract:
     """Subclassed per container."""
 
     container: ClassVar[str]
+    branches: ClassVar[str] = BOTH
     data_files: ClassVar[tuple[str, ...]]
     """Files whose bytes are read by extents, not at opening."""
 
     def stock_values(self, stem: Path) -> list[dict[str, Any]]:
-        """latents, cond, uncond, final, text and key of each record, read by the format's stock client."""
+        """points [K, F, C, H, W], final, text and key of each record, read by the format's stock client."""
         raise AssertionError("say how a stock client reads it")
 
     def committed(self, path: Path, numbers: range, **contract: Any) -> tuple[ShardSet, Receipt, list[Record]]:
-        meaning = made_contract(**contract)
+        meaning = made_contract(branches=self.branches, **contract)
         records = [made_record(number, meaning) for number in numbers]
         shards = ShardSet.create(path, meaning)
         return shards, shards.commit(records, NUMERICS, container=self.container), records
@@ -56,8 +69,7 @@ class ContainerContract:
         for i, record in enumerate(records):
             back = fast.record(i)
             assert same(back, slow.record(i)) and np.array_equal(back.latents, record.latents)
-            w = np.asarray(shards.contract.guidance)[record.expert][:, None, None, None]
-            true, found = (r.uncond + w * (r.cond.astype(np.float64) - r.uncond) for r in (record, back))
+            true, found = (guided(each, shards.contract) for each in (record, back))
             assert 0.002 < np.linalg.norm(found - true) / np.linalg.norm(true) <= receipt.guided_error * 1.01 < 0.01
 
     def test_the_same_records_give_the_same_bytes(self, tmp_path: Path) -> None:
@@ -71,14 +83,17 @@ class ContainerContract:
         assert len(values) == len(records)
         for value, record in zip(values, records, strict=True):
             assert value["key"] == record.key
-            for name in ("latents", "cond", "uncond", "final", "text"):
+            for number, name in enumerate(shards.contract.point_fields):
+                np.testing.assert_array_equal(value["points"][:, number], getattr(record, name))
+            for name in ("final", "text"):
                 np.testing.assert_array_equal(value[name], getattr(record, name))
 
     def test_zeros_are_stored_not_left_out(self, tmp_path: Path) -> None:
-        record = made_record(0, zero=True)
-        shards = ShardSet.create(tmp_path / "set", made_contract())
+        contract = made_contract(branches=self.branches)
+        record = made_record(0, contract, zero=True)
+        shards = ShardSet.create(tmp_path / "set", contract)
         receipt = shards.commit([record], NUMERICS, container=self.container)
-        assert receipt.num_bytes > 3 * record.latents.nbytes + record.final.nbytes
+        assert receipt.num_bytes > len(record.point_fields) * record.latents.nbytes + record.final.nbytes
         assert all(path.exists() for path in receipt.paths(shards.shards_dir).values())
         assert same(shards.read(receipt).record(0), record) and same(
             shards.read(receipt, library=True).record(0), record
@@ -119,8 +134,11 @@ class ContainerContract:
         path.write_bytes(data)
         reader = shards.read(receipt)
         assert same(reader.record(0), records[0]) and same(reader.record(2), records[2])
-        with pytest.raises(Corrupt, match=rf"record {records[1].key}, point 1 \(latents/cond/uncond\)"):
+        fields = {BOTH: "latents/cond/uncond"}.get(self.branches, "latents/guided")
+        with pytest.raises(Corrupt, match=rf"record {records[1].key}, point 1 \({fields}\)"):
             reader.record(1)
+        (damage,) = verify(shards)
+        assert f"record {records[1].key}, point 1 ({fields})" in str(damage)
 
 
 def flips_found(shards: ShardSet, receipt: Receipt, *, count: int, seed: int) -> int:

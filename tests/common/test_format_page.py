@@ -45,18 +45,21 @@ def tar_pieces(stem: str, table: dict[str, str], length: int) -> list[bytes]:
     return pieces
 
 
-def values_of(piece: bytes, encoding: str, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+def values_of(piece: bytes, encoding: str, shape: tuple[int, ...], names: list[str]) -> dict[str, Any]:
     n = int(np.prod(shape))
     if encoding != "int8-block64":
         dtype = {"float16": "<f2", "float32": "<f4"}[encoding]
-        latents, cond, uncond = np.frombuffer(piece, dtype).reshape(3, *shape)
-        return latents, cond, uncond
+        return dict(zip(names, np.frombuffer(piece, dtype).reshape(len(names), *shape), strict=True))
     b = -(-n // 64)
     latents = np.frombuffer(piece, "<f2", n).reshape(shape)
+    if names == ["latents", "guided"]:
+        values, scales = np.frombuffer(piece, np.int8, n, 2 * n), np.frombuffer(piece, "<f2", b, 3 * n)
+        guided = values.astype(np.float32) * np.repeat(scales.astype(np.float32), 64)[:n]
+        return {"latents": latents, "guided": guided.reshape(shape)}
     q = [np.frombuffer(piece, np.int8, n, 2 * n + i * n).astype(np.float32) for i in range(2)]
     scales = [np.frombuffer(piece, "<f2", b, 4 * n + i * 2 * b).astype(np.float32) for i in range(2)]
     uncond, difference = (q[i] * np.repeat(scales[i], 64)[:n] for i in range(2))
-    return latents, (uncond + difference).reshape(shape), uncond.reshape(shape)
+    return {"latents": latents, "cond": (uncond + difference).reshape(shape), "uncond": uncond.reshape(shape)}
 
 
 def digest_of(fields: dict[str, Any]) -> str:
@@ -70,8 +73,9 @@ def digest_of(fields: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("container", ["zarr", "tar"])
 @pytest.mark.parametrize("encoding", ["float16", "float32", "int8-block64"])
-def test_another_reader_finds_the_same(tmp_path: Path, container: str, encoding: str) -> None:
-    meaning = made_contract(encoding=encoding)
+@pytest.mark.parametrize("branches", ["both", "guided"])
+def test_another_reader_finds_the_same(tmp_path: Path, container: str, encoding: str, branches: str) -> None:
+    meaning = made_contract(encoding=encoding, branches=branches)
     shards = ShardSet.create(tmp_path / "set", meaning)
     shards.commit([made_record(number, meaning) for number in range(5)], NUMERICS, container=container)
 
@@ -89,6 +93,8 @@ def test_another_reader_finds_the_same(tmp_path: Path, container: str, encoding:
     shape = (contract["latent_channels"], receipt["height"] // side, receipt["width"] // side)
     dtype = "<f4" if encoding == "float32" else "<f2"
     n, item = int(np.prod(shape)), np.dtype(dtype).itemsize
+    names = ["latents", "guided"] if contract.get("branches") == "guided" else ["latents", "cond", "uncond"]
+    assert len(names) == {"both": 3, "guided": 2}[branches]
     num_points = receipt["num_records"] * receipt["num_points"]
     if container == "zarr":
         header = json.loads(Path(f"{stem}.zarr/zarr.json").read_bytes())["attributes"]["shard"]
@@ -99,7 +105,8 @@ def test_another_reader_finds_the_same(tmp_path: Path, container: str, encoding:
     else:
         index = json.loads(Path(f"{stem}.idx").read_bytes())
         header, tables = index["header"], index["tables"]
-        point_bytes = 4 * n + 4 * -(-n // 64) if encoding == "int8-block64" else 3 * n * item
+        int8 = 3 * n + 2 * -(-n // 64) if len(names) == 2 else 4 * n + 4 * -(-n // 64)
+        point_bytes = int8 if encoding == "int8-block64" else len(names) * n * item
         points = tar_pieces(stem, tables["points"], point_bytes)
         finals = tar_pieces(stem, tables["final"], n * item)
         rows = tar_pieces(stem, tables["text"], contract["text_dim"] * item)
@@ -111,14 +118,14 @@ def test_another_reader_finds_the_same(tmp_path: Path, container: str, encoding:
         size = f"{receipt['height']}x{receipt['width']}"
         assert hashlib.sha256(f"{prompt}\n{header['seeds'][r]}\n{size}".encode()).hexdigest()[:16] == key
         k = receipt["num_points"]
-        each = [values_of(piece, encoding, shape) for piece in points[r * k : (r + 1) * k]]
-        latents, cond, uncond = (np.stack(part) for part in zip(*each, strict=True))
+        each = [values_of(piece, encoding, shape, names) for piece in points[r * k : (r + 1) * k]]
         text = b"".join(rows[starts[header["prompt_of"][r]] : starts[header["prompt_of"][r] + 1]])
         fields = {
             "key": key, "prompt": prompt, "seed": header["seeds"][r], "height": receipt["height"],
             "width": receipt["width"], "text": np.frombuffer(text, dtype).reshape(-1, contract["text_dim"]),
             "timesteps": np.array(header["timesteps"][r], "<f4"), "sigmas": np.array(header["sigmas"][r], "<f4"),
-            "expert": np.array(header["expert"][r], "|u1"), "latents": latents, "cond": cond, "uncond": uncond,
+            "expert": np.array(header["expert"][r], "|u1"),
+            **{name: np.stack([point[name] for point in each]) for name in names},
             "final": np.frombuffer(finals[r], dtype).reshape(shape),
         }  # fmt: skip
         assert digest_of(fields) == header["digests"][r]

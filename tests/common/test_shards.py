@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import Corrupt, Refused
 from common.manifest import MAX_RECEIPT_BYTES, Receipt
-from common.record import Contract, Record
+from common.record import BOTH, GUIDED, Contract, Record
 from common.shard_reader import check_records
 from common.shards import ShardSet, is_held_out
 from tests.common.contract_of_containers import ContainerContract
@@ -44,19 +44,25 @@ class TestTar(ContainerContract):
             if "text.npy" in sample:
                 texts[sample["__key__"]] = sample["text.npy"]
                 continue
-            latents, cond, uncond = np.moveaxis(sample["points.npy"], 1, 0)
-            values.append({"key": sample["__key__"], "latents": latents, "cond": cond, "uncond": uncond,
-                           "final": sample["final.npy"], "text": texts[sample["json"]["text"]]})  # fmt: skip
+            values.append({"key": sample["__key__"], "points": sample["points.npy"], "final": sample["final.npy"],
+                           "text": texts[sample["json"]["text"]]})  # fmt: skip
         return values
 
 
 def zarr_values(header: dict[str, Any], points: Any, final: Any, text: Any) -> list[dict[str, Any]]:
     starts = np.concatenate([[0], np.cumsum(header["text_lengths"])])
     return [
-        {"key": key, "latents": points[i, :, 0], "cond": points[i, :, 1], "uncond": points[i, :, 2], "final": final[i],
-         "text": text[starts[prompt] : starts[prompt + 1]]}
+        {"key": key, "points": points[i], "final": final[i], "text": text[starts[prompt] : starts[prompt + 1]]}
         for i, (key, prompt) in enumerate(zip(header["keys"], header["prompt_of"], strict=True))
     ]  # fmt: skip
+
+
+class TestZarrOfGuided(TestZarr):
+    branches = GUIDED
+
+
+class TestTarOfGuided(TestTar):
+    branches = GUIDED
 
 
 class TestTensorstore(TestZarr):
@@ -73,15 +79,17 @@ class TestTensorstore(TestZarr):
         return zarr_values(header, read("points"), read("final"), read("text"))
 
 
+@pytest.mark.parametrize("branches", [BOTH, GUIDED])
 @pytest.mark.parametrize("container", ["zarr+zstd", "zarr+pcodec"])
-def test_an_archive_is_smaller_and_reads_the_same(tmp_path: Path, container: str) -> None:
-    records = [made_record(number, side=256) for number in range(4)]
-    shards = ShardSet.create(tmp_path / "set", made_contract())
+def test_an_archive_is_smaller_and_reads_the_same(tmp_path: Path, container: str, branches: str) -> None:
+    contract = made_contract(branches=branches)
+    records = [made_record(number, contract, side=256) for number in range(4)]
+    shards = ShardSet.create(tmp_path / "set", contract)
     receipt = shards.commit(records, NUMERICS, container=container)
     reader = shards.read(receipt)
     check_records(reader)
     assert [reader.record(i).digest() for i in range(4)] == [record.digest() for record in records]
-    plain, _ = committed(tmp_path / "plain", records)
+    plain, _ = committed(tmp_path / "plain", records, contract)
     assert receipt.num_bytes < plain.manifest().num_bytes
 
 
@@ -169,6 +177,20 @@ class TestCommit:
         with pytest.raises(Refused, match="version 99"):
             ShardSet.open(shards.path)
 
+    def test_a_contract_from_before_branches_keeps_its_digest(self, tmp_path: Path) -> None:
+        """Written down when there was nothing but both: what old receipts and headers say stays true."""
+        two, one = made_contract(), made_contract(boundary=None, guidance=(1.0,))
+        assert two.digest().startswith("a97b51bb7bf4601f") and one.digest().startswith("816c636b8aa06939")
+        shards = ShardSet.create(tmp_path / "set", two)
+        values = json.loads((shards.path / "contract.json").read_bytes())
+        assert "branches" not in values and ShardSet.open(shards.path).contract.branches == BOTH
+        other = dataclasses.replace(two, branches=GUIDED)
+        assert json.loads(other.to_json()) == values | {"branches": "guided"} and other.digest() != two.digest()
+        for said in ("neither", None, ["guided"]):
+            (shards.path / "contract.json").write_text(json.dumps(values | {"branches": said}))
+            with pytest.raises(Refused, match="another format"):
+                ShardSet.open(shards.path)
+
     def test_held_out_is_a_property_of_the_prompt(self, tmp_path: Path) -> None:
         share = np.mean([is_held_out(f"prompt {i}") for i in range(5000)])
         assert 0.015 < share < 0.025
@@ -191,3 +213,6 @@ def test_bad_values_are_named() -> None:
     assert (record.bad_field(HALF) or "").startswith("cond[1] (t=")
     record.latents[0, 0, 0, 0] = np.inf
     assert (record.bad_field(HALF) or "").startswith("latents[0]")
+    alone = made_record(0, made_contract(encoding="float32", branches=GUIDED))
+    alone.guided[1, 0, 0, 0] = 70000.0  # what guidance multiplies may overflow where neither branch does
+    assert alone.bad_field(np.dtype(np.float32)) is None and (alone.bad_field(HALF) or "").startswith("guided[1] (t=")

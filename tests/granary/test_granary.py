@@ -10,6 +10,7 @@ import pytest
 
 from common.encoding import INT8
 from common.errors import Corrupt, Refused
+from common.record import BOTH, GUIDED
 from common.shards import MOVED, ShardSet, is_held_out
 from harvest.granary.carry import LocalPlace, carry
 from harvest.granary.compare import compare
@@ -75,9 +76,11 @@ class TestVerify:
 
 class TestRebuild:
     @pytest.mark.parametrize("container", ["zarr", "tar", "zarr+zstd"])
-    @pytest.mark.parametrize("encoding", ["float16", INT8])
-    def test_lost_receipts_come_back_byte_for_byte(self, tmp_path: Path, container: str, encoding: str) -> None:
-        shards = a_set(tmp_path / "set", range(8), container=container, encoding=encoding)
+    @pytest.mark.parametrize(("encoding", "branches"), [("float16", BOTH), (INT8, BOTH), (INT8, GUIDED)])
+    def test_lost_receipts_come_back_byte_for_byte(
+        self, tmp_path: Path, container: str, encoding: str, branches: str
+    ) -> None:
+        shards = a_set(tmp_path / "set", range(8), container=container, encoding=encoding, branches=branches)
         before = tree(shards.path)
         first, second = shards.manifest().receipts
         shards.receipt_path(first.item).unlink()
@@ -175,6 +178,21 @@ class TestSelect:
             total += header.sigmas.size
         wanted = [(made_record(number).sigmas < 0.5).sum() for number in range(12)]
         assert total == sum(wanted) and list(verify(low)) == []
+
+    def test_what_keeps_the_combination_alone_goes_the_same_ways(self, tmp_path: Path) -> None:
+        shards = a_set(tmp_path / "set", range(12), branches=GUIDED)
+        tar = convert(shards, tmp_path / "tar", "tar")
+        archive = convert(tar, tmp_path / "archive", "zarr+zstd")
+        assert digests(archive) == digests(shards)
+        assert tree(convert(archive, tmp_path / "back", "zarr").path) == tree(shards.path)
+        parts = [subset(tar, tmp_path / str(low), Choice(sigmas=(low, low + 0.5))) for low in (0.0, 0.5)]
+        held = [reader.record(row) for part in parts for receipt in part.manifest().receipts
+                for reader in [part.read(receipt)] for row in range(receipt.num_records)]  # fmt: skip
+        assert sum(len(record.sigmas) for record in held) == 24
+        assert {record.point_fields for record in held} == {("latents", "guided")}
+        other = a_set(tmp_path / "other", range(10, 20), branches=GUIDED)
+        assert digests(merge([shards, other], tmp_path / "both")) == digests(shards) | digests(other)
+        assert all(list(verify(each)) == [] for each in (tar, archive, *parts))
 
     def test_compare_tells_what_differs(self, tmp_path: Path) -> None:
         a, b = a_set(tmp_path / "a", range(0, 8)), a_set(tmp_path / "b", range(4, 12))

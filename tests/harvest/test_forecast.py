@@ -26,6 +26,8 @@ CASES: list[dict[str, Any]] = [
     {"container": "tar", "encoding": "int8-block64", "records_per_shard": 24},
     {"container": "zarr", "encoding": "float32", "height": 96, "source": "renoise"},
     {"container": "tar", "encoding": "float32", "records_per_shard": 7},
+    {"container": "zarr", "branches": "guided"},
+    {"container": "tar", "branches": "guided", "encoding": "int8-block64", "keep": 5},
 ]
 
 

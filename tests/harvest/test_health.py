@@ -40,6 +40,10 @@ def test_predictions_that_say_nothing_or_too_much_are_named() -> None:
         "what": "exploding",
         "where": f"cond[0] (t={loud.timesteps[0]:.1f}, expert {loud.expert[0]})",
     }
+    alone = made_record(3, made_contract(encoding="float32", latent_dtype="float32", branches="guided"))
+    assert odd_prediction(alone) is None
+    alone.guided[1] *= 1e4
+    assert (odd_prediction(alone) or {})["where"].startswith("guided[1] (t=")
 
 
 def test_a_text_encoder_that_overflows_is_named(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_no_step_waits_for_the_device(
     moved: list[int] = []
     walkers: Any = rollout(Elsewhere(teacher), item, contract, micro_batch=3, moved=lambda: moved.append(1))  # type: ignore[arg-type]
     assert len(moved) >= 3 * config.steps and all(len(walker.points) == config.keep for walker in walkers)
-    assert all(tensor.is_meta for walker in walkers for point in walker.points.values() for tensor in point)
+    assert all(tensor.is_meta for walker in walkers for point in walker.points.values() for tensor in point.values())
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(walkers[0].state.sum())
 

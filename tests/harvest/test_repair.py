@@ -1,5 +1,6 @@
 """A set with damage in it, and the teacher asked again: the same bytes, or it is said."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -9,17 +10,17 @@ import numpy as np
 import pytest
 
 from common.errors import Corrupt
-from common.record import item_id
+from common.record import BOTH, GUIDED, item_id
 from common.shards import ShardSet
 from harvest.config import HarvestConfig
 from harvest.granary.look import describe, find, picture
-from harvest.granary.recompute import recompute
+from harvest.granary.recompute import difference, recompute
 from harvest.granary.repair import repair
 from harvest.granary.verify import verify
 from harvest.quarantine import Note
 from harvest.status import survey
 from tests.harvest.test_resume import as_file
-from tests.made import command, harvest_config, planned, tree
+from tests.made import command, harvest_config, made_contract, made_record, planned, tree
 
 
 @pytest.fixture
@@ -121,6 +122,17 @@ def test_asking_again_gives_the_same_bits_or_says_so(config: HarvestConfig, copi
 def bitwise_and_close(said: str) -> tuple[int, int]:
     first, second = re.fullmatch(r"(\d+) records .* bit for bit, (\d+) within .*", said).groups()  # type: ignore
     return int(first), int(second)
+
+
+@pytest.mark.parametrize("branches", [BOTH, GUIDED])
+def test_how_far_a_record_has_moved_is_told_of_the_guided_prediction(branches: str) -> None:
+    contract = made_contract(encoding="float32", branches=branches)
+    record = made_record(1, contract)
+    assert difference(record, record, contract) == 0
+    longer = {name: getattr(record, name) * np.float32(1.25) for name in record.point_fields[1:]}
+    assert difference(dataclasses.replace(record, **longer), record, contract) == pytest.approx(0.25, rel=1e-5)
+    further = dataclasses.replace(record, final=record.final * np.float32(1.5))
+    assert difference(further, record, contract) == pytest.approx(0.5, rel=1e-5)
 
 
 def _alter_silently(set_dir: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from common.encoding import INT8
 from common.errors import BadUsage, Corrupt, Partial
+from common.record import BOTH, GUIDED
 from common.shards import ShardSet
 from tests.made import NUMERICS, made_contract, made_record
 from train.feed.data import Feed, Step, accumulation
@@ -67,8 +68,10 @@ def flip_a_bit(shards: ShardSet, number: int, *, record: int = 1, point: int = 1
     return reader.header.keys[record]
 
 
+@pytest.mark.parametrize("branches", [BOTH, GUIDED])
 @pytest.mark.parametrize("workers", WORKERS)
-def test_batches_hold_the_records_own_values(shards: ShardSet, workers: int) -> None:
+def test_batches_hold_the_records_own_values(tmp_path: Path, workers: int, branches: str) -> None:
+    shards = made_set(tmp_path / "set", branches=branches)
     by_item = shards.manifest().by_item
     with feed(shards, read_workers=workers) as source:
         for _, step in zip(range(9), source, strict=False):
@@ -77,8 +80,9 @@ def test_batches_hold_the_records_own_values(shards: ShardSet, workers: int) -> 
                 item, index, point = name.split("/")
                 record, k = shards.read(by_item[item]).record(int(index)), int(point)
                 micro, row = step.micros[number // 3], number % 3
-                for field in ("latents", "cond", "uncond"):
+                for field in shards.contract.point_fields:
                     np.testing.assert_array_equal(getattr(micro, field)[row].numpy(), getattr(record, field)[k])
+                assert len(micro.tensors()) == 6 + len(record.point_fields)
                 assert micro.timesteps[row] == record.timesteps[k] and micro.expert[row] == record.expert[k]
                 text, length = micro.text[micro.inverse[row]], int(micro.lengths[micro.inverse[row]])
                 np.testing.assert_array_equal(text[:length].numpy(), record.text)
@@ -92,13 +96,16 @@ def test_batches_hold_the_records_own_values(shards: ShardSet, workers: int) -> 
         {"container": "tar"},
         {"encoding": INT8},
         {"encoding": "float32", "sides": (64, 96)},
+        {"branches": GUIDED, "container": "tar"},
+        {"branches": GUIDED, "encoding": INT8},
     ],
     ids=str,
 )
 def test_processes_give_what_a_thread_gives(tmp_path: Path, kind: dict[str, Any]) -> None:
     shards = made_set(tmp_path / "set", **{"sides": (64, 128)} | kind)
     alone = list(steps_of(shards, 14))
-    assert len({step[9 * 2] for step in alone}) >= 2, "both sizes came"
+    num_tensors = 6 + len(shards.contract.point_fields)
+    assert len({step[num_tensors * 2] for step in alone}) >= 2, "both sizes came"
     for workers in (1, 2):
         assert list(steps_of(shards, 14, read_workers=workers)) == alone
 

@@ -35,8 +35,9 @@ class Micro:
     """What one forward of one rank needs."""
 
     latents: Tensor  # [B, C, H, W] as stored
-    cond: Tensor  # [B, C, H, W]
-    uncond: Tensor  # [B, C, H, W]
+    cond: Tensor | None = None  # [B, C, H, W]
+    uncond: Tensor | None = None  # [B, C, H, W]
+    guided: Tensor | None = None  # [B, C, H, W], where the set keeps only the combination
     timesteps: Tensor  # [B] float32
     sigmas: Tensor  # [B] float32
     expert: Tensor  # [B] int64
@@ -73,12 +74,12 @@ class Step:
 class Tray:
     """A slot and the tensors over it."""
 
-    FIXED = ("latents", "cond", "uncond", "timesteps", "sigmas", "expert", "inverse")
+    FIXED = ("timesteps", "sigmas", "expert", "inverse")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self._fixed = {name: torch.from_numpy(getattr(slot, name)) for name in self.FIXED}
-        self._fixed |= {name: torch.from_numpy(area) for name, area in slot.ends.items()}
+        self._fixed |= {name: torch.from_numpy(area) for name, area in (slot.fields | slot.ends).items()}
         self._lengths = torch.from_numpy(slot.lengths)
         self.micro = functools.lru_cache(maxsize=64)(self._micro)
 

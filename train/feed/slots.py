@@ -63,7 +63,7 @@ class SlotPlan:
             decoded = encoding.unpack(np.zeros((1, *encoding.point_shape), encoding.dtype))
             points = {
                 name: (field.dtype, (n, *field.shape[1:]))
-                for name, field in zip(("latents", "cond", "uncond"), decoded, strict=True)
+                for name, field in zip(self.contract.point_fields, decoded, strict=True)
             }
         scalars = {"timesteps": "f4", "sigmas": "f4", "expert": "i8", "inverse": "i8", "lengths": "i8"}
         if self.spans:
@@ -92,23 +92,25 @@ class Slot:
         self.expert, self.inverse, self.lengths = arrays["expert"], arrays["inverse"], arrays["lengths"]
         self.ends = {name: arrays[name] for name in END_FIELDS if name in arrays}
         self._encoding, self._text = plan.encoding, arrays["text"]
-        self._is_plain = plan.is_plain
+        self._is_plain, names = plan.is_plain, plan.contract.point_fields
         if self._is_plain:
             self._rows = [row.data.cast("B") for row in arrays["points"]]
             self.buffers: list[tuple[memoryview]] | None = [(row,) for row in self._rows]
             """Per row what preadv fills; None: what is stored must be decoded."""
-            self.latents, self.cond, self.uncond = self._encoding.unpack(arrays["points"])
+            self.fields = dict(zip(names, self._encoding.unpack(arrays["points"]), strict=True))
+            """By name, [B, C, H, W] each."""
         else:
             self.buffers = None
             self._stored = np.empty((1, *self._encoding.point_shape), self._encoding.dtype)
-            self.latents, self.cond, self.uncond = arrays["latents"], arrays["cond"], arrays["uncond"]
+            self.fields = {name: arrays[name] for name in names}
+        self._fields = tuple(self.fields.values())
 
     def read_point(self, row: int, read: Callable[[int, memoryview], None], index: int) -> None:
         if self._is_plain:
             read(index, self._rows[row])
             return
         read(index, self._stored.data.cast("B"))
-        for area, decoded in zip(self._fields(), self._encoding.unpack(self._stored), strict=True):
+        for area, decoded in zip(self._fields, self._encoding.unpack(self._stored), strict=True):
             area[row] = decoded[0]
 
     def read_end(self, row: int, read: Callable[[int, memoryview], None], index: int) -> None:
@@ -134,11 +136,8 @@ class Slot:
         return self._text[: num_texts * longest * width].reshape(num_texts, longest, width)
 
     def copy_row(self, source: int, target: int) -> None:
-        for area in (*self._fields(), self.timesteps, self.sigmas, self.expert, self.inverse, *self.ends.values()):
+        for area in (*self._fields, self.timesteps, self.sigmas, self.expert, self.inverse, *self.ends.values()):
             area[target] = area[source]
-
-    def _fields(self) -> tuple[Array, Array, Array]:
-        return self.latents, self.cond, self.uncond
 
 
 def _aligned(dtype: np.dtype, shape: tuple[int, ...]) -> int:
