@@ -51,8 +51,11 @@ def write_atomic(path: Path, content: Content) -> None:
     sync_folder(path.parent)
 
 
-def write_folder(path: Path, files: Mapping[str, Content]) -> None:
-    """Put a folder of files at `path`, which must not exist yet (FileExistsError otherwise): all of it or nothing."""
+def write_folder(path: Path, files: Mapping[str, Content | Path]) -> None:
+    """Put a folder of files at `path`, which must not exist yet (FileExistsError otherwise): all of it or nothing.
+
+    In the order of `files`. A Path is linked to, not copied.
+    """
     temporary = _temporary_beside(path)
     try:
         temporary.mkdir()
@@ -61,7 +64,10 @@ def write_folder(path: Path, files: Mapping[str, Content]) -> None:
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             folders.add(target.parent)
-            _write_synced(target, content)
+            if isinstance(content, Path):
+                target.symlink_to(content)
+            else:
+                _write_synced(target, content)
         for folder in folders:
             sync_folder(folder)
         if path.exists():

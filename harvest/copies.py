@@ -1,7 +1,7 @@
 """From the device to the host beside the next forward.
 
     copies = Copies()
-    host = copies.take(fed, cond, uncond)     begins at once, on a stream of its own, into pinned memory
+    host = copies.take(fed, guided)           begins at once, on a stream of its own, into pinned memory
     copies.settle()                           before anybody reads them
 
 On a CPU the copy is a plain one: a view of one record would keep its whole micro-batch in memory.

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.errors import BadUsage
 from common.log import Log
 from common.shards import ASSETS
 from harvest.config import HarvestConfig
+from harvest.running.workers import fault_of
 
 INIT, WEIGHTS_NAME = "init", "model.safetensors"
 
@@ -27,7 +27,9 @@ def leave_student(config: HarvestConfig, student_path: Path) -> Path:
     command = [sys.executable, *map(str, words), "--out", str(out)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise BadUsage(wrong="--student: no first weights were made; the records are whole",
-                       found=f"`python -m train init` ended with {done.returncode}, and said why above",
-                       mend=f"mend {student_path}, then run the same command again")  # fmt: skip
+        raise fault_of([done.returncode])(
+            wrong="--student: no first weights were made; the records are whole",
+            found=f"`python -m train init` ended with {done.returncode}, and said why above",
+            mend=f"mend what it says, or {student_path}, then run the same command again",
+        )
     return out

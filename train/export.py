@@ -26,7 +26,7 @@ from train.finished import Finished, at_one_guidance, read_finished, with_time
 from train.guidance import refuse_guidance
 from train.lora import adapter_files
 from train.pipeline import write_pipeline
-from train.student.network import StudentConfig, save_student
+from train.student.network import StudentConfig, student_files
 
 Form = Literal["diffusers", "comfyui", "wanlite", "adapter"]
 COMFY_HEAD_DIM, COMFY_FREQ_DIM = 128, 256
@@ -49,8 +49,8 @@ def export(source: Path, out: Path, *, form: Form, averaged: bool = True, guidan
     if guidance is not None or form != "wanlite":
         finished = at_one_guidance(finished, guidance)
     if form == "wanlite":
-        save_student(out, finished.student, finished.weights, **finished.provenance)
-        write_atomic(out / "README.md", finished.card(plain_use(finished.student)).encode())
+        files = student_files(finished.student, finished.weights, **finished.provenance)
+        write_folder(out, {**files, "README.md": finished.card(plain_use(finished.student)).encode()})
     elif form == "comfyui":
         _refuse_what_comfyui_cannot_open(finished.student)
         named = {original_name(name): tensor for name, tensor in with_time(finished.weights).items()}

@@ -49,7 +49,8 @@ class Finished:
 
 def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finished:
     run_dir, folder = newest_or_given(source)
-    summary, files = read_checkpoint(folder)
+    name = EMA_NAME if averaged else MODEL_NAME
+    summary, files = read_checkpoint(folder, name)
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)
     contract = shards.contract
@@ -65,7 +66,7 @@ def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finishe
         "license": license_name,
         **({} if config.lora is None else {"lora": f"rank {config.lora.rank}", "base": f"sha256 {summary['base']}"}),
     }
-    saved = load(files[EMA_NAME if averaged else MODEL_NAME])
+    saved = load(files[name])
     return Finished(
         student=StudentConfig.from_dict(summary["student"]),
         weights=whole(saved, config.lora, config.init, summary.get("base")),

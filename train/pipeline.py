@@ -4,7 +4,6 @@ write_pipeline(finished, out, teacher_dir, copy=False)          the text encoder
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, 
     if text_encoder is not None:
         _require_text_parts(text_encoder)
     parts = {} if text_encoder is None else {part: dict(_plainly(text_encoder / part)) for part in TEXT_PARTS}
-    links = {} if copy else {f"{part}/{name}": path for part in parts for name, path in parts[part].items()
-                             if path.suffix != ".json"}  # fmt: skip
-    texts = {f"{part}/{name}": _content(path) for part in parts for name, path in parts[part].items()
-             if f"{part}/{name}" not in links}  # fmt: skip
+    texts = {f"{part}/{name}": _content(path) if copy or path.suffix == ".json" else path.resolve()
+             for part in parts for name, path in parts[part].items()}  # fmt: skip
     weights = save(with_time(finished.weights), metadata={"format": "pt", **finished.provenance})
     index = {
         "_class_name": "WanPipeline",
@@ -59,8 +56,6 @@ def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, 
         **{f"vae/{name}": _content(path) for name, path in _plainly(finished.assets_dir / "vae")},
         **texts,
     })  # fmt: skip
-    for name, path in links.items():
-        os.symlink(path.resolve(), out / name)
 
 
 def _text_classes(text_encoder: Path | None) -> dict[str, Any]:

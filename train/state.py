@@ -89,14 +89,11 @@ def snapshot_of(state: TrainState, facts: Mapping[str, Any]) -> Snapshot:
 
 def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
     """Write a checkpoint, read it back, then remove those that are not to be kept."""
-    files = {name: save(tensors) for name, tensors in snapshot.tensors.items()}
-    summary = snapshot.summary | {"files": {name: [len(data), crc32c(data)] for name, data in files.items()}}
     folder = run_dir / CHECKPOINTS / f"{snapshot.samples_seen:012d}"
     if folder.exists():  # a damaged one that was passed over: its successor takes its place
         shutil.rmtree(folder)
-    sealed = summary | {SEAL: _seal(summary)}
-    write_folder(folder, {**files, STATE_NAME: json.dumps(sealed, indent=1).encode()})
-    read_checkpoint(folder)
+    write_folder(folder, _contents(snapshot))
+    verified(folder)
     # What is newer was passed over as unreadable: it neither counts nor goes, it may be readable tomorrow.
     older = [path for path in checkpoints(run_dir) if path.name < folder.name]
     for old in older[: max(0, len(older) - (keep.newest - 1))]:
@@ -106,19 +103,43 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
     return folder
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """state.json and the files, each checked against it."""
+def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
+    """Of its files, made one at a time: beside the snapshot only the one that is being written is in memory."""
+    seen: dict[str, list[int]] = {}
+
+    def weights(name: str) -> Iterator[bytes]:
+        data = save(snapshot.tensors[name])
+        seen[name] = [len(data), crc32c(data)]
+        yield data
+
+    def state() -> Iterator[bytes]:
+        summary = snapshot.summary | {"files": seen}
+        yield json.dumps(summary | {SEAL: _seal(summary)}, indent=1).encode()
+
+    return {**{name: weights(name) for name in snapshot.tensors}, STATE_NAME: state()}
+
+
+def read_checkpoint(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """state.json and the files of these names, each checked against it."""
     try:
         summary: dict[str, Any] = json.loads((folder / STATE_NAME).read_bytes())
         if summary.pop(SEAL) != _seal(summary):
             raise ValueError(f"{STATE_NAME} does not match its own seal")
-        files = {name: (folder / name).read_bytes() for name in summary["files"]}
+        files = {name: (folder / name).read_bytes() for name in names}
         for name, data in files.items():
             if [len(data), crc32c(data)] != summary["files"][name]:
                 raise ValueError(f"{name}: {len(data)} bytes, crc32c {crc32c(data):08x}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(wrong=f"checkpoint {folder} is damaged", found=str(error), mend="use the one before") from None
     return summary, files
+
+
+def verified(folder: Path) -> dict[str, Any]:
+    """state.json, after every file was read and checked, one at a time."""
+    summary, _ = read_checkpoint(folder)
+    for name in summary["files"]:
+        read_checkpoint(folder, name)
+    return summary
 
 
 def _seal(summary: Mapping[str, Any]) -> int:
@@ -131,8 +152,9 @@ def verify_lines(path: Path) -> Iterator[str]:
     damaged = []
     for folder in folders:
         try:
-            summary, files = read_checkpoint(folder)
-            yield f"{folder}: step {summary['step']}, {sum(map(len, files.values()))} bytes match"
+            summary = verified(folder)
+            num_bytes = sum(length for length, _ in summary["files"].values())
+            yield f"{folder}: step {summary['step']}, {num_bytes} bytes match"
         except Corrupt as fault:
             damaged.append(folder.name)
             yield str(fault)
@@ -149,7 +171,7 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
     last: Corrupt | None = None
     for folder in reversed(checkpoints(run_dir)):
         try:
-            summary, files = read_checkpoint(folder)
+            summary, files = read_checkpoint(folder, MODEL_NAME, EMA_NAME, OPTIMIZER_NAME)
         except Corrupt as fault:
             log.say(f"passing over {fault}")
             last = fault

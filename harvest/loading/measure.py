@@ -21,7 +21,8 @@ from harvest.latents import TILE
 from harvest.loading.folder import Component, Resolved
 from harvest.loading.identity import tied_names
 from harvest.loading.kernels import Ask
-from harvest.loading.weights import Moved, class_of, policy_dtype, stored_tensors
+from harvest.loading.reading import Moved
+from harvest.loading.weights import class_of, policy_dtype, stored_tensors
 from harvest.placing.placement import MAP
 from harvest.placing.places import VAE, Machine, Size, Wish, module_of, workers_here
 from harvest.teacher import Work

@@ -130,8 +130,9 @@ class Networks:
 
         # A driver pins no mapped pages, and a GPU is fed faster by several readers than by page faults.
         mapped = place.how in ("host", "split") or place.kept == "mapped"
-        moved = self._arrivals.moved
-        fill_model(part, model, self._dtype, pool=pool, moved=moved, put=put, mapped=mapped, digests=digests)
+        touched = place.kept != "mapped" and DISK not in place.modules.values()
+        fill_model(part, model, self._dtype, pool=pool, moved=self._arrivals.moved, put=put, mapped=mapped,
+                   touched=touched, digests=digests)  # fmt: skip
         return settle(model, place, part)
 
 

@@ -31,7 +31,8 @@ from common.tensor_file import ITEM_BYTES, StoredTensor
 from harvest.loading.folder import Component, Resolved
 from harvest.loading.hands import Hands, patiently
 from harvest.loading.identity import THREADS, tensor_digest, tied_names
-from harvest.loading.weights import TORCH_DTYPES, Moved, build, class_of, policy_dtype, read_tensor, sources_of
+from harvest.loading.reading import TORCH_DTYPES, Moved, read_tensor
+from harvest.loading.weights import build, class_of, policy_dtype, sources_of
 
 MANIFEST_NAME, WEIGHTS_NAME, LOCK_NAME = "prepared.json", "model.safetensors", "lock.json"
 POLICY_VERSION = 1

@@ -196,14 +196,15 @@ def _judge(places: Sequence[Place], task: Task, log: Log) -> None:
         log.say("done")
         return
     codes = sorted({place.code for place in places if place.retired and place.code is not None})
-    raise _fault_of(codes)(
+    raise fault_of(codes)(
         wrong="every worker was retired" if all(place.retired for place in places) else "items are left",
         found=f"exit codes {codes}; the reasons stand above and in runs/*/log.txt",
         mend="mend what they say, then run the same command again",
     )
 
 
-def _fault_of(codes: Sequence[int]) -> type[Fault]:
+def fault_of(codes: Sequence[int]) -> type[Fault]:
+    """What to raise for processes that ended so."""
     return next((kind for kind in (BadUsage, Refused, Corrupt) if kind.exit_code in codes), Partial)
 
 

@@ -159,7 +159,7 @@ def prints(folder: Path, tmp_path: Path, **teacher: Any) -> tuple[Fingerprints, 
 
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is read for its digest from here on."""
-    from harvest.loading import weights as loading
+    from harvest.loading import reading as loading
 
     seen, real = [], loading.read_tensor
 
@@ -241,11 +241,11 @@ def test_who_is_asked_to_stop_while_loading_leaves_at_once(tmp_path: Path, micro
         time.sleep(0.3)
         return real(*words, **named)
 
-    from harvest.loading import weights
+    from harvest.loading import reading
 
-    real = weights.read_tensor
+    real = reading.read_tensor
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "read_tensor", slow)
+        patch.setattr(reading, "read_tensor", slow)
         process_began = time.monotonic()
 
         class Stopping(Watch):
@@ -266,10 +266,10 @@ def test_a_wish_to_stop_is_heard_while_a_read_hangs(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A disk that does not answer moves nothing: neither bytes nor, before, whoever waited for them."""
-    from harvest.loading import prepare, weights
+    from harvest.loading import prepare, reading, weights
 
     module, name = {"header": (weights, "read_header"), "prepare": (prepare, "read_tensor")}.get(
-        where, (weights, "read_tensor")
+        where, (reading, "read_tensor")
     )
     part, real = "vae" if where == "check" else "transformer", getattr(module, name)
     hung, let_go = threading.Event(), threading.Event()

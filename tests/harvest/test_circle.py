@@ -39,7 +39,7 @@ from common.errors import Fault
 from common.log import Log
 from common.watch import Watch
 from harvest.config import TeacherConfig
-from harvest.loading import circle, weights
+from harvest.loading import circle, reading
 from harvest.loading.folder import resolve
 from harvest.loading.identity import tensor_digests
 from harvest.teachers import load_teacher
@@ -47,7 +47,7 @@ from harvest.teachers import load_teacher
 folder, run_dir, mischief = sys.argv[1:]
 torch.set_num_threads(1)
 circle.JOIN_S = 60.0
-read, real = [], weights.read_tensor
+read, real = [], reading.read_tensor
 
 def counted(stored, *others):
     if mischief and read and stored.path.parent.name == "transformer_2":
@@ -55,7 +55,7 @@ def counted(stored, *others):
     read.append(stored.path.parent.name)
     return real(stored, *others)
 
-weights.read_tensor = counted
+reading.read_tensor = counted
 log = Log("test", Path(run_dir))
 try:
     with Watch(Path(run_dir), log) as watch:

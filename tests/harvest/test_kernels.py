@@ -17,7 +17,7 @@ from common.shards import ShardSet
 from common.watch import Watch
 from harvest.activations import Listener
 from harvest.config import TeacherConfig
-from harvest.loading import weights
+from harvest.loading import reading
 from harvest.loading.folder import resolve
 from harvest.loading.kernels import Ask, choose_kernels, require_compilable
 from harvest.meaning import make_numerics, say_numerics
@@ -57,7 +57,7 @@ def test_kernels_that_this_device_lacks_are_refused_before_a_weight_is_read(
 ) -> None:
     with pytest.raises(Refused, match=r"cudnn cannot compute.*on cpu.*auto or one of math, flash$"):
         kernels_of(attention="cudnn")
-    monkeypatch.setattr(weights, "read_tensor", lambda *_: pytest.fail("a weight is read"))
+    monkeypatch.setattr(reading, "read_tensor", lambda *_: pytest.fail("a weight is read"))
     with pytest.raises(Refused, match="efficient cannot compute"):
         loaded(micro_wan, tmp_path, WORK, attention="efficient")
 

@@ -84,5 +84,5 @@ def test_a_run_leaves_a_students_first_weights(tmp_path: Path, micro_wan: Path) 
     assert {path.name for path in init.iterdir()} == {"config.json", "model.safetensors", "report.json"}
     state = tree(init)
     assert leave_student(config, student) == init and tree(init) == state
-    with pytest.raises(BadUsage, match="the records are whole"):
+    with pytest.raises(Refused, match="the records are whole"):
         leave_student(config, write_student_json(tmp_path / "wrong.json", text_encoder_output_dim=33))

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from train.student.network import StudentConfig, TwoLinears, WanLite, guidance_waves
+from train.student.layers import TwoLinears, guidance_waves
+from train.student.network import StudentConfig, WanLite
 
 PREFIX = "condition_embedder.guidance_embedder."
 TIME_BIAS = "condition_embedder.time_embedder.linear_2.bias"

@@ -25,9 +25,18 @@ from torch.utils.checkpoint import checkpoint
 
 from common.files import write_atomic
 from train.student.config import StudentConfig, read_student_json
+from train.student.layers import (
+    FeedForward,
+    Float32LayerNorm,
+    TwoLinears,
+    attended,
+    guidance_waves,
+    normalised,
+    sinusoids,
+)
 from train.student.rotary import Rotary, turned
 
-__all__ = ["StudentConfig", "WanLite", "load_student", "read_student_json", "save_student"]
+__all__ = ["StudentConfig", "WanLite", "load_student", "read_student_json", "save_student", "student_files"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -154,15 +163,14 @@ class Attention(nn.Module):
     def forward(
         self, x_BND: Tensor, source_BLD: Tensor, bias_B11L: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        query, key = self.norm_q(self.to_q(x_BND)), self.norm_k(self.to_k(source_BLD))
+        query, key = normalised(self.norm_q, self.to_q(x_BND)), normalised(self.norm_k, self.to_k(source_BLD))
         heads = (self.num_heads, -1)
         q_BNAK, k_BLAK = query.unflatten(2, heads), key.unflatten(2, heads)
         v_BLAK = self.to_v(source_BLD).unflatten(2, heads)
         if rotary is not None:
             q_BNAK, k_BLAK = turned(q_BNAK, *rotary), turned(k_BLAK, *rotary)
         q_BANK, k_BALK, v_BALK = (tensor.permute(0, 2, 1, 3) for tensor in (q_BNAK, k_BLAK, v_BLAK))
-        bias = None if bias_B11L is None else bias_B11L.to(q_BANK.dtype)
-        out_BANK = F.scaled_dot_product_attention(q_BANK, k_BALK, v_BALK, attn_mask=bias)
+        out_BANK = attended(q_BANK, k_BALK, v_BALK, bias_B11L)
         out_BND = out_BANK.permute(0, 2, 1, 3).flatten(2, 3).type_as(query)
         return cast(Tensor, self.to_out[0](out_BND))
 
@@ -192,59 +200,16 @@ class ConditionEmbedder(nn.Module):
         return time_BD, slots_BSD, self.text_embedder(text_BLD)
 
 
-def sinusoids(timesteps_B: Tensor, dim: int) -> Tensor:
-    """Cosines first, then sines (DDPM's embedding, arXiv 2006.11239, with the halves exchanged)."""
-    exponents = -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps_B.device) / (dim // 2)
-    angles = timesteps_B[:, None].float() * torch.exp(exponents)[None, :]
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
-def guidance_waves(guidance_B: Tensor, dim: int) -> Tensor:
-    """w times a thousand, on the timesteps' scale (as in LCM, Luo et al. 2310.04378)."""
-    return sinusoids(1000 * guidance_B, dim)
-
-
-class TwoLinears(nn.Module):
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim_out)
-        self.activation = activation
-        self.linear_2 = nn.Linear(dim_out, dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.linear_2(self.activation(self.linear_1(x))))
-
-
-class FeedForward(nn.Module):
-    """`net.0.proj`, GELU, `net.2`: the gap keeps diffusers' numbering."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([GeluLinear(width, inner), nn.Identity(), nn.Linear(inner, width)])
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return cast(Tensor, self.net[2](self.net[0](x_BND)))
-
-
-class GeluLinear(nn.Module):
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class Float32LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if part is None else part.float() for part in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+def student_files(config: StudentConfig, weights: dict[str, Tensor], **metadata: str) -> dict[str, bytes]:
+    """config.json and model.safetensors."""
+    config_text = json.dumps(config.to_dict(), indent=2) + "\n"
+    return {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: save(weights, metadata={"format": "pt", **metadata})}
 
 
 def save_student(folder: Path, config: StudentConfig, weights: dict[str, Tensor], **metadata: str) -> None:
-    """Write config.json and model.safetensors, the weights last: a folder with weights is whole."""
-    write_atomic(folder / CONFIG_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
-    write_atomic(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt", **metadata}))
+    """The weights last: a folder with weights is whole."""
+    for name, data in student_files(config, weights, **metadata).items():
+        write_atomic(folder / name, data)
 
 
 def load_student(folder: Path, **switches: Any) -> WanLite:
