@@ -154,17 +154,6 @@ def to_x0_noise(kind: str, prediction: Any, x: Any, a: Any, b: Any) -> tuple[Any
     return prediction, (x - a * prediction) / b
 
 
-def from_x0_noise(kind: str, x0: Any, noise: Any, a: Any, b: Any) -> Any:
-    """The inverse of `to_x0_noise`."""
-    if kind == "flow":
-        return noise - x0
-    if kind == "epsilon":
-        return noise
-    if kind == "v":
-        return a * noise - b * x0
-    return x0
-
-
 def seeded_noise(seed: int, shape: tuple[int, ...]) -> Float32:
     """The Gaussian that belongs to a seed, on any machine (Philox, float32): training can redraw it."""
     return _generator(seed, stream=0).standard_normal(shape, dtype=np.float32)

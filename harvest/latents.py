@@ -1,12 +1,13 @@
 """Pictures into the space that the teacher works in, by the VAE of its folder.
 
-    pictures = open_pictures(config, resolved, teacher, moved)
+    pictures = open_pictures(config, resolved, teacher, moved, watch.heed)
     states = pictures.latents(item)                 key -> [C, H, W], normalised by the folder's latent mean and std
     pictures.faults(item)                           of those that could not be read, by name
 
 In float32 whatever the teacher computes in, never under autocast: a half VAE leaves marks that a student learns. A
 picture beyond TILE is encoded in overlapping tiles of that side, faded into each other: memory and time are bounded by
-the tile, and `moved` is called after each one, so that a deadline has something to count. Up to TILE it is one tile,
+the tile, and `moved` is called after each one, so that a deadline has something to count; `heed` while the VAE comes
+from the disk. Up to TILE it is one tile,
 and bit for bit what the stock VAE says. The mode of the VAE's distribution is taken: nothing is drawn.
 """
 
@@ -32,24 +33,27 @@ TILE, OVERLAP = 512, 128
 """Pixels; multiples of every stride."""
 
 
-def open_pictures(config: HarvestConfig, resolved: Resolved, teacher: Teacher, moved: Moved) -> "Pictures | None":
+def open_pictures(config: HarvestConfig, resolved: Resolved, teacher: Teacher, moved: Moved,
+                  heed: Moved) -> "Pictures | None":  # fmt: skip
     """With source images alone."""
-    return None if config.images is None else Pictures(config.images, resolved, teacher.facts, teacher.device, moved)
+    if config.images is None:
+        return None
+    return Pictures(config.images, resolved, teacher.facts, teacher.device, moved, heed)
 
 
 class Pictures:
     """Loaded once a worker; on the device only while an item is encoded, for the teacher's plan has no room for it."""
 
     def __init__(
-        self, images: ImagesConfig, resolved: Resolved, facts: TeacherFacts, device: str, moved: Moved
+        self, images: ImagesConfig, resolved: Resolved, facts: TeacherFacts, device: str, moved: Moved, heed: Moved
     ) -> None:
-        self._images, self._facts, self._device, self._moved = images, facts, device, moved
+        self._images, self._facts, self._device, self._moved, self._heed = images, facts, device, moved, heed
         self._part = resolved.components["vae"]
         self._reasons: dict[str, str] = {}
 
     @cached_property
     def _vae(self) -> Any:
-        return load_model(self._part, torch.float32)
+        return load_model(self._part, torch.float32, heed=self._heed)
 
     def latents(self, item: WorkItem) -> dict[str, Tensor]:
         """Of those that can be read."""

@@ -152,3 +152,8 @@ def made_record(number: int, contract: Contract | None = None, *, side: int = 64
     return Record(key=record_key(prompt, number, side, side), prompt=prompt, seed=number, height=side, width=side,
                   text=text, timesteps=sigmas * np.float32(1000), sigmas=sigmas,
                   expert=(sigmas < 0.875).astype(np.uint8), final=array(*state), **fields)  # fmt: skip
+
+
+def predicted_from(kind: str, x0: Any, noise: Any, a: Any, b: Any) -> Any:
+    """What a perfect teacher of that kind says of a x0 + b noise."""
+    return {"flow": noise - x0, "epsilon": noise, "v": a * noise - b * x0, "x0": x0}[kind]

@@ -15,6 +15,7 @@ sigma noise at t = 1000 sigma and answers with noise - x0.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -210,10 +211,14 @@ def sizes_of(contract: Contract, timesteps: Tensor) -> Tensor | None:
     """[B]: by what the teacher's state is larger than the flow's, a + b of x = a x0 + b noise; None: by nothing."""
     if contract.noise == "flow":
         return None
-    _, schedule, start, end = contract.noise.split()
-    a, b = vp_levels(schedule, float(start), float(end), contract.train_steps)
-    table = torch.from_numpy((a + b).astype(np.float32)).to(timesteps.device)
-    return table[timesteps.round().long()]
+    return _sizes(contract.noise, contract.train_steps, timesteps.device)[timesteps.round().long()]
+
+
+@functools.cache
+def _sizes(process: str, train_steps: int, device: torch.device) -> Tensor:  # [train_steps]
+    _, schedule, start, end = process.split()
+    a, b = vp_levels(schedule, float(start), float(end), train_steps)
+    return torch.from_numpy((a + b).astype(np.float32)).to(device)
 
 
 def in_flow_coordinates(latents: Tensor, sizes: Tensor | None) -> Tensor:

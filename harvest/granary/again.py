@@ -66,8 +66,9 @@ def asked_again(task: Task) -> Iterator[Asked]:
         from harvest.latents import open_pictures
 
         watch.running()
+        pictures = open_pictures(config, task.resolved, teacher, watch.moved, watch.heed)
         yield Asked(task=task, shards=shards, teacher=teacher, numerics=make_numerics(config, teacher), watch=watch,
-                    log=log, pictures=open_pictures(config, task.resolved, teacher, watch.moved))  # fmt: skip
+                    log=log, pictures=pictures)  # fmt: skip
 
 
 def task_for(config: HarvestConfig, set_dir: Path) -> Task:

@@ -42,8 +42,8 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, moved: Moved = lambda **_: None,
             heed: Callable[[], None] = lambda: None) -> Path:  # fmt: skip
     """Convert every component that has weights; what is prepared and fresh is left alone. `moved` hears of every
-    tensor, and of every look at another process that converts the same; it may raise to stop, as `heed` may, which is
-    called while a tensor does not come."""
+    tensor, also of another process that converts the same; it may raise to stop, as `heed` may, which is called while
+    nothing comes."""
     if is_fresh(resolved, out_dir, dtype):
         log.say(f"{out_dir} is prepared already")
         return out_dir
@@ -52,10 +52,33 @@ def prepare(resolved: Resolved, out_dir: Path, dtype: torch.dtype, log: Log, mov
     _require_room(out_dir, sum(sizes.values()))
     # Of several workers one converts; the others wait, and find it done.
     what = f"the preparation of {out_dir}"
-    with claimed(out_dir / LOCK_NAME, what, waiting=lambda holder: moved(loading="prepare", waiting_for=holder)):
+    with claimed(out_dir / LOCK_NAME, what, waiting=_onlooker(out_dir, moved, heed)):
         if not is_fresh(resolved, out_dir, dtype):
             _convert(todo, sizes, resolved, out_dir, dtype, log, moved, heed)
     return out_dir
+
+
+def _onlooker(out_dir: Path, moved: Moved, heed: Callable[[], None]) -> Callable[[str], None]:
+    """Moves as the holder's bytes do: when he stands still, so does who waits for him, and says so in time."""
+    seen = -1
+
+    def look(holder: str) -> None:
+        nonlocal seen
+        there = sum(map(_size_now, out_dir.rglob("*")))
+        if there == seen:
+            heed()
+            return
+        seen = there
+        moved(loading="prepare", waiting_for=holder, bytes_there=there)
+
+    return look
+
+
+def _size_now(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a temporary name that is another now
+        return 0
 
 
 def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Resolved, out_dir: Path,

@@ -43,7 +43,7 @@ def check(config: HarvestConfig) -> None:
             from harvest.latents import open_pictures
             from harvest.rollout import rollout
 
-            pictures = open_pictures(config, task.resolved, teacher, watch.moved)
+            pictures = open_pictures(config, task.resolved, teacher, watch.moved, watch.heed)
 
             contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
             shards = ShardSet.create(scratch, contract)

@@ -176,7 +176,7 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
         leases.touch()
         watch.moved(added=progress.num_added, of=num_records)
 
-    pictures = open_pictures(config, task.resolved, teacher, alive)
+    pictures = open_pictures(config, task.resolved, teacher, alive, watch.heed)
 
     def moved() -> None:
         progress.moved(item)

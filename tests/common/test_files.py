@@ -54,7 +54,9 @@ def test_a_file_is_old_or_new_whatever_fails(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {"a/x": b"1" * 10, "a/y": b"2" * 20, "z": b"3"}
+    (tmp_path / "far").write_bytes(b"linked")
+    parts = {"a/x": b"1" * 10, "a/l": tmp_path / "far", "a/y": b"2" * 20, "z": b"3"}
+    wanted = {name: b"linked" if isinstance(part, Path) else part for name, part in parts.items()}
     total = num_calls(lambda: write_folder(tmp_path / "probe", parts), monkeypatch)
     for number in range(1, total + 1):
         target = tmp_path / f"t{number}"
@@ -62,10 +64,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
             FailingAt(number, patch, torn=True)
             with pytest.raises(OSError, match="no space"):
                 write_folder(target, parts)
-        whole = target.exists() and {name: (target / name).read_bytes() for name in parts} == parts
+        whole = target.exists() and {name: (target / name).read_bytes() for name in parts} == wanted
         assert whole or not target.exists()
         assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
-    assert total >= 8
+    assert total >= 8 and (tmp_path / "probe/a/l").readlink() == tmp_path / "far"
 
 
 def test_a_folder_is_never_replaced(tmp_path: Path) -> None:

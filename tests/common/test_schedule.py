@@ -10,7 +10,6 @@ from common.schedule import (
     euler_grid,
     expert_of,
     flow_match_grid,
-    from_x0_noise,
     kept_steps,
     seeded_noise,
     shifted,
@@ -20,6 +19,7 @@ from common.schedule import (
     vp_grid,
     vp_levels,
 )
+from tests.made import predicted_from
 
 STEPS = [1, 4, 20, 37, 40, 50]
 SHIFTS = [1.0, 3.0, 5.5, 12.0]
@@ -85,7 +85,7 @@ def test_predictions_convert_there_and_back(kind: str, a: float, b: float) -> No
     rng = np.random.default_rng(0)
     x0, noise = rng.standard_normal((2, 50))
     x = a * x0 + b * noise
-    prediction = from_x0_noise(kind, x0, noise, a, b)
+    prediction = predicted_from(kind, x0, noise, a, b)
     found_x0, found_noise = to_x0_noise(kind, prediction, x, a, b)
     np.testing.assert_allclose(found_x0, x0, atol=1e-12)
     np.testing.assert_allclose(found_noise, noise, atol=1e-12)

@@ -16,6 +16,7 @@ from common.errors import Partial, Refused
 from common.files import TEMPORARY_PREFIX
 from common.log import Log
 from harvest.loading.folder import Resolved, resolve
+from harvest.loading.hands import Hands
 from harvest.loading.identity import tensor_digests
 from harvest.loading.prepare import (
     LOCK_NAME,
@@ -26,7 +27,7 @@ from harvest.loading.prepare import (
     prepare,
     prepared_digests,
 )
-from harvest.loading.weights import load_model
+from harvest.loading.weights import build, fill_model, load_model
 from tests.harvest.test_loading import same_tensors, stock
 from tests.harvest.test_resume import as_file
 from tests.made import command, harvest_config, started, tree
@@ -193,3 +194,32 @@ def test_workers_that_come_together_prepare_once(resolved: Resolved, tmp_path: P
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: prepare(resolved, tmp_path / "out", BF16, Counting("t", quiet=True)), range(3)))
     assert sum(line == "prepared transformer" for line in Counting.lines) == 1
+
+
+def test_who_waits_for_a_preparation_moves_only_as_its_bytes_do(tmp_path: Path) -> None:
+    """Else a holder that hangs would keep everyone who waits for him from ever saying so."""
+    told: list[dict[str, object]] = []
+    heard: list[int] = []
+    look = prepare_module._onlooker(tmp_path, lambda **facts: told.append(facts), lambda: heard.append(len(told)))
+    (tmp_path / "part").mkdir()
+    look("somebody")
+    look("somebody")
+    (tmp_path / "part" / "weights").write_bytes(b"1" * 9)
+    look("somebody")
+    look("somebody")
+    assert heard == [1, 2] and {facts["waiting_for"] for facts in told} == {"somebody"}
+
+
+@pytest.mark.parametrize("touched", [True, False])
+def test_mapped_weights_come_while_they_are_loaded_or_not_before_they_are_used(
+    resolved: Resolved, tmp_path: Path, touched: bool
+) -> None:
+    part = from_prepared(resolved, quietly(resolved, tmp_path / "out")).components["transformer"]
+    told: list[dict[str, int]] = []
+    pool = Hands(2, "bytes")
+    model = fill_model(part, build(part), BF16, pool=pool, moved=lambda **facts: told.append(facts), touched=touched)
+    pool.finish()
+    came = [facts["bytes_read"] for facts in told if "bytes_read" in facts]
+    assert came == sorted(came) and bool(came) == touched
+    if touched:
+        assert came[-1] == told[-1]["bytes_total"] == sum(t.nbytes for t in model.state_dict().values())

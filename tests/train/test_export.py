@@ -225,6 +225,16 @@ def test_a_damaged_checkpoint_or_a_taken_name_is_refused(tmp_path: Path, run: Pa
     assert json.loads((file.parent / "state.json").read_text())["samples_seen"] > 0
 
 
+def test_an_export_reads_what_it_exports(tmp_path: Path, run: Path) -> None:
+    """A checkpoint's optimizer is twice its weights."""
+    shutil.copytree(run, tmp_path / "run")
+    newest = max((tmp_path / "run/checkpoints").glob("[0-9]*"))
+    (newest / "optimizer.safetensors").unlink()
+    export(tmp_path / "run", tmp_path / "out", form="wanlite")
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert command("train", "verify", newest).returncode == 5
+
+
 def test_of_two_variants_one_is_taken_whole(tmp_path: Path) -> None:
     """A plain file beside the other variant's shards, as a folder may hold that was fetched twice."""
     for name in ("model-00001-of-00002", "model-00002-of-00002", "model.fp16"):

@@ -9,8 +9,8 @@ import torch
 
 from common.errors import BadUsage, Refused
 from common.record import Contract, Record
-from common.schedule import contract_grid, from_x0_noise, vp_levels
-from tests.made import made_contract, made_record
+from common.schedule import contract_grid, vp_levels
+from tests.made import made_contract, made_record, predicted_from
 from train.config import TrainConfig
 from train.feed.slots import FINAL
 from train.held_out import micro_of
@@ -70,7 +70,7 @@ def test_whatever_the_teacher_predicts_the_student_is_asked_for_a_velocity(kind:
     object.__setattr__(record, "sigmas", (b[times] / (a[times] + b[times])).astype(np.float32))
     object.__setattr__(record, "latents", column_a * x0 + column_b * noise)
     object.__setattr__(record, "expert", np.zeros(2, np.uint8))
-    object.__setattr__(record, "cond", from_x0_noise(kind, x0, noise, column_a, column_b))
+    object.__setattr__(record, "cond", predicted_from(kind, x0, noise, column_a, column_b))
     question = objective_of(config(), contract).ask(micro(contract, [record]))
     sigma = record.sigmas[:, None, None, None]
     np.testing.assert_allclose(question.latents, (1 - sigma) * x0 + sigma * noise, atol=1e-5)
