@@ -102,13 +102,12 @@ def training(steps: int, num_rounds: int, set_path: Path | None, init: Path | No
 
 @main.command(help="Students of the shapes teacher, from one harvest to their grades; an hour.")
 @click.option("--teacher", type=click.Path(path_type=Path), default=Path("configs/teachers/shapes"), show_default=True)
-@click.option("--samples", default=60_000, show_default=True, help="that each student learns from")
 @click.option("--only", multiple=True, help="a student's name; several times for several")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
-def students(teacher: Path, samples: int, only: tuple[str, ...], out_dir: Path) -> None:
+def students(teacher: Path, only: tuple[str, ...], out_dir: Path) -> None:
     from tests.bench.students import run
 
-    for line in run(teacher, out_dir / "students", samples=samples, only=only):
+    for line in run(teacher, out_dir / "students", only=only):
         click.echo(line)
 
 

@@ -1,10 +1,11 @@
 """Students of the shapes teacher, from one harvest: what they keep of their teacher's score, by size and by samples.
 
-    lines = run(teacher_dir, folder, samples=60_000, only=["1/4", "1/4 in 4 steps"])
+    lines = run(teacher_dir, folder, only=["1/4", "1/4 in 4 steps"])
 
 harvest (every step of 8 kept) -> for each student: train init -> train run -> train eval --grader, all through the
-command lines, one after the other. The grader's scores are of the set's records, held-out captions first; the
-teacher's own pictures of the same noise are graded beside.
+command lines, one after the other, as much training as two cores do in about eight minutes. The grader's scores are
+of the set's records, held-out captions first; the teacher's own pictures of the same noise are graded beside. What a
+student scored stays in its folder: the same command goes on with the next one.
 """
 
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,37 @@ from tests.bench.curves import write_curves
 from tests.shapes.draw import shuffled, training_scenes
 from train.run_folder import checkpoints
 
-NUM_PROMPTS, SEEDS, STEPS = 1200, 2, 8
-CURVE_POINTS = 5
-CURVES_NAME = "students.json"
+NUM_PROMPTS, SEEDS, STEPS = 2394, 2, 8
+CURVE_POINTS = 4
+CURVES_NAME, SCORE_NAME = "students.json", "score.json"
 GRADER = "tests.shapes.grade:grade"
-HALF = {"hidden_size": 192, "num_heads": 4, "depth": 3, "ffn_dim": 592}
-QUARTER = {"hidden_size": 144, "num_heads": 3, "depth": 3, "ffn_dim": 280}
-EIGHTH = {"hidden_size": 96, "num_heads": 2, "depth": 3, "ffn_dim": 240}
-STUDENTS: dict[str, tuple[dict[str, int], dict[str, Any], bool]] = {
-    "1/2": (HALF, {}, False),
-    "1/4": (QUARTER, {}, False),
-    "1/8": (EIGHTH, {}, False),
-    "1/4, random start": (QUARTER, {}, True),
-    "1/4 in 4 steps": (QUARTER, {"objective": "segment", "segments": 4}, False),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Student:
+    shape: dict[str, int]
+    samples: int
+    """About eight minutes of them."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the training configuration."""
+    fresh: bool = False
+    """Without the teacher's weights."""
+    after: str | None = None
+    """Begins with the weights of this one, trained."""
+
+
+HALF = {"hidden_size": 144, "num_heads": 3, "depth": 6, "ffn_dim": 408}
+QUARTER = {"hidden_size": 120, "num_heads": 3, "depth": 5, "ffn_dim": 176}
+EIGHTH = {"hidden_size": 88, "num_heads": 2, "depth": 5, "ffn_dim": 80}
+STUDENTS = {
+    "1/2": Student(shape=HALF, samples=125_000),
+    "1/4": Student(shape=QUARTER, samples=180_000),
+    "1/8": Student(shape=EIGHTH, samples=220_000),
+    "1/4, random start": Student(shape=QUARTER, samples=180_000, fresh=True),
+    "1/4 in 4 steps": Student(
+        shape=QUARTER, samples=180_000, after="1/4", changes={"objective": "segment", "segments": 4}
+    ),
 }
-"""Architecture, changes of the training configuration, whether it starts without the teacher's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +76,7 @@ class Graded:
                 f"| {score:.3f} | {score / self.teacher:.3f} |")  # fmt: skip
 
 
-def run(teacher_dir: Path, folder: Path, *, samples: int, only: Sequence[str]) -> Iterator[str]:
+def run(teacher_dir: Path, folder: Path, *, only: Sequence[str]) -> Iterator[str]:
     began = time.monotonic()
     config = harvest_config(teacher_dir, folder)
     called("harvest", "run", str(config))
@@ -67,37 +84,47 @@ def run(teacher_dir: Path, folder: Path, *, samples: int, only: Sequence[str]) -
     yield "| student | parameters | samples | minutes | forwards | score | of its teacher's |\n" + "|---" * 7 + "|"
     students = []
     for name in only or STUDENTS:
-        students.append(one(name, teacher_dir, folder, samples))
+        score_path = folder_of(folder, name) / SCORE_NAME
+        if not score_path.exists():
+            score_path.write_text(json.dumps(asdict(one(name, STUDENTS[name], teacher_dir, folder))))
+        students.append(Graded(**json.loads(score_path.read_text())))
         yield str(students[-1])
     (folder / CURVES_NAME).write_text(json.dumps([asdict(student) for student in students], indent=1))
     write_curves(students, folder / "students.svg")
     yield f"the curves: {folder / 'students.svg'}"
 
 
-def one(name: str, teacher_dir: Path, folder: Path, samples: int) -> Graded:
-    shape, changes, fresh = STUDENTS[name]
-    place = folder / name.replace("/", "-").replace(" ", "_").replace(",", "")
+def folder_of(folder: Path, name: str) -> Path:
+    return folder / name.replace("/", "-").replace(" ", "_").replace(",", "")
+
+
+def one(name: str, student: Student, teacher_dir: Path, folder: Path) -> Graded:
+    place = folder_of(folder, name)
     place.mkdir(parents=True, exist_ok=True)
-    student = place / "student.json"
+    student_path = place / "student.json"
     demo = {"num_channels": 16, "image_size": 128, "patch_size": 16, "text_encoder_output_dim": 96}
-    student.write_text(json.dumps(shape | demo))
-    start = ["--fresh"] if fresh else ["--teacher", str(teacher_dir)]
-    called(
-        "train", "init", *start, "--student", str(student), "--set", str(folder / "set"), "--out", str(place / "init")
-    )
+    student_path.write_text(json.dumps(student.shape | demo))
+    if student.after:
+        trained = folder_of(folder, student.after) / "run"
+        called("train", "export", str(trained), "--format", "wanlite", "--out", str(place / "init"))
+    else:
+        start = ["--fresh"] if student.fresh else ["--teacher", str(teacher_dir)]
+        where = ["--student", str(student_path), "--set", str(folder / "set"), "--out", str(place / "init")]
+        called("train", "init", *start, *where)
     path = place / "train.yaml"
-    path.write_text(yaml.safe_dump(train_config(place, folder, samples, changes)))
+    path.write_text(yaml.safe_dump(train_config(place, folder, student)))
     began = time.monotonic()
     called("train", "run", str(path))
     return graded(name, place, (time.monotonic() - began) / 60)
 
 
-def train_config(place: Path, folder: Path, samples: int, changes: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(Path("configs/train/demo.yaml").read_text(encoding="utf-8")) | changes
-    num_points = changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
-    steps = samples // config["batch_size"]
+def train_config(place: Path, folder: Path, student: Student) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(Path("configs/train/demo.yaml").read_text(encoding="utf-8"))
+    config |= {"processes": 2, "threads": 1, "precision": "bfloat16", **student.changes}
+    num_points = student.changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
+    steps = student.samples // (config["batch_size"] * config["processes"])
     config |= {"set": str(folder / "set"), "init": str(place / "init"), "out": str(place / "run"), "ema_decay": 0.998}
-    config |= {"num_epochs": samples / num_points, "log_every": 100}
+    config |= {"num_epochs": student.samples / num_points, "log_every": 100}
     return config | {"checkpoint_every": steps // CURVE_POINTS, "keep_checkpoints": 2 * CURVE_POINTS}
 
 
@@ -114,7 +141,8 @@ def graded(name: str, place: Path, minutes: float) -> Graded:
 def harvest_config(teacher_dir: Path, folder: Path) -> Path:
     config = yaml.safe_load(Path("configs/harvest/demo.yaml").read_text(encoding="utf-8"))
     config |= {"out": str(folder / "set"), "steps": STEPS, "keep": STEPS, "jitter": False, "records_per_shard": 64}
-    config["teacher"]["folder"] = str(teacher_dir)
+    config["teacher"] |= {"folder": str(teacher_dir), "threads": 1}
+    config |= {"workers": 2}
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{scene.caption}\n" for scene in shuffled(training_scenes(), seed=11)[:NUM_PROMPTS]))
