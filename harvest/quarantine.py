@@ -51,8 +51,10 @@ def notes_that_count(set_dir: Path, manifest: Manifest) -> list[Note]:
 
 
 def note_of(set_dir: Path, item: str) -> Note | None:
-    path = set_dir / QUARANTINE / f"{item}.json"
-    return _read(path) if path.exists() else None
+    try:
+        return _read(set_dir / QUARANTINE / f"{item}.json")
+    except FileNotFoundError:
+        return None
 
 
 def _read(path: Path) -> Note:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.record import Array, Contract, Record
+from common.record import GUIDED, Array, Contract, Record
 from common.schedule import Grid, contract_grid, expert_of, kept_steps, renoise_noise, seeded_noise
 from harvest.copies import Copies
 from harvest.loading.transfer import sent
@@ -222,8 +222,17 @@ def _ask_again(teacher: Teacher, walkers: list[Walker], expert: int, negative: T
 
 
 def _chosen(contract: Contract, **fields: Tensor) -> dict[str, Tensor]:
-    """Those that the set holds."""
+    """Those that the set holds. Where the branches are not kept, nobody else will see that one of them says nothing at
+    all: its point is not to be used."""
+    if contract.branches == GUIDED:
+        silent = _says_nothing(fields["cond"]) | _says_nothing(fields["uncond"])
+        fields["guided"] = fields["guided"].masked_fill(silent.view(-1, 1, 1, 1), torch.nan)
     return {name: fields[name] for name in contract.point_fields}
+
+
+def _says_nothing(prediction: Tensor) -> Tensor:  # [B]
+    flat = prediction.flatten(1)
+    return flat.amax(1) == flat.amin(1)
 
 
 def _column(values: tuple[np.float32, ...], like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 write_pipeline(finished, out, teacher_dir, copy=False)          the text encoder's weights by link, or copied
 """
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from train.finished import Finished, with_time
 TEXT_PARTS = ("text_encoder", "tokenizer")
 VARIANTS, VARIANT = (None, "fp16"), ".fp16"
 VAE_CLASS = "AutoencoderKLWan"
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, copy: bool) -> None:
@@ -47,15 +49,22 @@ def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, 
         "shift": 1.0 if few else finished.contract.shift,
     }
     told = finished.card(pipeline_use(finished.objective, has_text_encoder=text_encoder is not None))
-    write_folder(out, {
+    files = {
+        **texts,
         "model_index.json": _json_bytes(index),
         "README.md": told.encode(),
         "scheduler/scheduler_config.json": _json_bytes(scheduler),
         "transformer/config.json": _json_bytes(finished.student.to_wan_config()),
         "transformer/diffusion_pytorch_model.safetensors": weights,
         **{f"vae/{name}": _content(path) for name, path in _plainly(finished.assets_dir / "vae")},
-        **texts,
-    })  # fmt: skip
+    }
+    try:
+        write_folder(out, files)
+    except OSError as error:
+        if copy or error.errno not in WITHOUT_LINKS:
+            raise
+        raise BadUsage(wrong="--out is on a file system without links", found=f"{out}: {error.strerror}",
+                       mend="add --copy") from None  # fmt: skip
 
 
 def _text_classes(text_encoder: Path | None) -> dict[str, Any]:

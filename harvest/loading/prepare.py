@@ -77,7 +77,7 @@ def _onlooker(out_dir: Path, moved: Moved, heed: Callable[[], None]) -> Callable
 def _size_now(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # a temporary name that is another now
+    except OSError:  # a temporary name that is another now
         return 0
 
 

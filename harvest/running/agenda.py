@@ -137,7 +137,11 @@ def _is_done(item: str, shards: ShardSet) -> bool:
     if _is_committed(item, shards):
         return True
     note = note_of(shards.path, item)
-    return note is not None and (note.shard is None or _is_committed(note.shard, shards))
+    if note is None:
+        return False
+    if note.shard is not None:
+        return _is_committed(note.shard, shards)
+    return note.bad_keys >= set(note.walked)  # mended ones are asked for again once their shard is gone
 
 
 def _is_committed(item: str, shards: ShardSet) -> bool:

@@ -158,7 +158,7 @@ def _listen(place: Place, config: HarvestConfig, log: Log) -> None:
     if place.process is None:
         return
     now, beat = time.monotonic(), read_heartbeat(run_dir(config, place.process.pid))
-    beat = None if beat is None or beat["time"] < place.started - 1.0 else beat
+    beat = None if beat is None or beat["started"] < place.started - 1.0 else beat
     if beat is not None and not beat["state"].startswith("stalled") and time.time() - beat["time"] < config.deadline_s:
         place.lively_at = now
     silent_s = now - place.lively_at

@@ -5,7 +5,8 @@
 harvest (every step of 8 kept) -> for each student: train init -> train run -> train eval --grader, all through the
 command lines, one after the other, as much training as two cores do in about eight minutes. The grader's scores are
 of the set's records, held-out captions first; the teacher's own pictures of the same noise are graded beside. What a
-student scored stays in its folder: the same command goes on with the next one.
+student scored stays in its folder: the same command goes on with the next one (and with what the folder holds: after
+a change of this file give another --out; the minutes of a run that was stopped are those of its last piece).
 """
 
 import json
@@ -104,7 +105,9 @@ def one(name: str, student: Student, teacher_dir: Path, folder: Path) -> Graded:
     student_path = place / "student.json"
     demo = {"num_channels": 16, "image_size": 128, "patch_size": 16, "text_encoder_output_dim": 96}
     student_path.write_text(json.dumps(student.shape | demo))
-    if student.after:
+    if (place / "init" / "model.safetensors").exists():
+        pass  # the same command, again
+    elif student.after:
         trained = folder_of(folder, student.after) / "run"
         called("train", "export", str(trained), "--format", "wanlite", "--out", str(place / "init"))
     else:

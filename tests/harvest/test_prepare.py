@@ -219,7 +219,15 @@ def test_mapped_weights_come_while_they_are_loaded_or_not_before_they_are_used(
     pool = Hands(2, "bytes")
     model = fill_model(part, build(part), BF16, pool=pool, moved=lambda **facts: told.append(facts), touched=touched)
     pool.finish()
+    held = resident_of(part.files[0])
+    assert held >= part.files[0].stat().st_size if touched else held == 0
     came = [facts["bytes_read"] for facts in told if "bytes_read" in facts]
     assert came == sorted(came) and bool(came) == touched
     if touched:
         assert came[-1] == told[-1]["bytes_total"] == sum(t.nbytes for t in model.state_dict().values())
+
+
+def resident_of(path: Path) -> int:
+    """Bytes of a file that this process has mapped and touched."""
+    maps = Path("/proc/self/smaps").read_text().split(str(path))
+    return sum(int(area.split("Rss:")[1].split()[0]) * 1024 for area in maps[1:])

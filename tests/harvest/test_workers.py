@@ -171,6 +171,10 @@ def test_an_item_whose_good_records_are_committed_is_not_walked_again(
     assert list(_free([item], shards, leases)) == []
     leases.sweep(shards)
     assert not list((config.out / RUNS / "leases").iterdir())
+    for faults, left in [([fault], [item]), ([fault | {"key": key} for key in keys], []), ([], [item])]:
+        # None was good: what all are set aside for stays so, what was mended and then lost is walked again.
+        Note(item=item.id, walked=keys, shard=None, faults=faults).write(config.out)
+        assert list(_free([item], shards, leases)) == left
 
 
 def test_the_lease_of_one_killed_after_his_commit_is_swept(tmp_path: Path, micro_wan: Path, micro_set: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from common.claim import claimed
@@ -248,8 +248,17 @@ def test_a_save_that_fails_is_heard_and_the_one_before_serves(
     same(run(settings), straight)
 
 
-def test_what_is_saved_is_the_moment_of_asking(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Whatever the steps do to it while it is being written."""
+def test_what_is_saved_is_the_moment_of_asking(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the steps do to it while it is being written; and only one file of it is in memory once more."""
+    there: list[int] = []
+
+    def saved_late(tensors: dict[str, torch.Tensor]) -> bytes:
+        there.append(len(list(tmp_path.rglob("*.safetensors"))))
+        return save(tensors)
+
+    monkeypatch.setattr("train.state.save", saved_late)
     config = check(TrainConfig, settings, source="test")
     student = open_student(config, ShardSet.open(config.set).contract)
     state = new_state(student, config, ALONE)
@@ -262,6 +271,7 @@ def test_what_is_saved_is_the_moment_of_asking(tmp_path: Path, settings: dict[st
     for name in (MODEL_NAME, EMA_NAME):
         saved = load_file(folder / name)
         assert all(torch.equal(saved[tensor], before[tensor]) for tensor in before)
+    assert there == [1, 2, 3], "the one that is begun, and those before it"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from tests.micro import TRANSFORMER, built, write_micro_ti2v, write_micro_wan
+from train.student.layers import attended, normalised
 from train.student.network import StudentConfig, WanLite, load_student, read_student_json, save_student
 
 
@@ -182,6 +183,13 @@ def test_autocast_to_bfloat16_trains_finite() -> None:
     at = scene(2, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = student(at["latents"], at["timesteps"], at["text"], at["lengths"])
+        # Kernels of bfloat16 attention are slow to go back through on a CPU, fused norms want one dtype.
+        assert attended(*[out.bfloat16().flatten(2)[:, None]] * 3, None).dtype == torch.float32
+        assert (
+            normalised(student.blocks[0].attn1.norm_q, torch.ones(1, student.config.width).bfloat16()).dtype
+            == torch.float32
+        )
+    assert attended(*[out.bfloat16().flatten(2)[:, None]] * 3, None).dtype == torch.bfloat16
     out.float().square().mean().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in student.parameters())
     assert (out.float() - students(student, at)).norm() < 0.05 * students(student, at).norm()
