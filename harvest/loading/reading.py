@@ -6,9 +6,7 @@ filled = map_in(sources, Arriving(...), hands, put, touched=True)       over the
     same dtype: read straight into place;  another: through a small staging buffer a thread, cast into place
 """
 
-import contextlib
 import hashlib
-import math
 import mmap
 import os
 import threading
@@ -35,7 +33,6 @@ TORCH_DTYPES = {
 }
 STAGING_BYTES = 1 << 20
 """Small enough that a piece is cast and looked at while it is in the cache."""
-LARGE_PAGE_BYTES = 1 << 21
 TOUCHED_BYTES = 16 << 20
 Moved = Callable[..., None]
 Put = Callable[[str, Tensor], Tensor]
@@ -118,7 +115,7 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype, running: "hashlib._Has
     hears of what was kept."""
     source_dtype = TORCH_DTYPES[stored.dtype]
     target = source_dtype if not source_dtype.is_floating_point else dtype
-    tensor = roomy(stored.shape, target)
+    tensor = torch.empty(stored.shape, dtype=target)
     flat = tensor.view(-1)
     step = STAGING_BYTES // source_dtype.itemsize
     in_place = source_dtype == target
@@ -137,21 +134,6 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype, running: "hashlib._Has
     finally:
         os.close(fd)
     return tensor
-
-
-def roomy(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Empty memory on large pages where the system has them: touched for the first time, small ones cost as much as
-    what is written to them."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < LARGE_PAGE_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    try:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no room: the allocator says so in words that are known
-        return torch.empty(shape, dtype=dtype)
-    with contextlib.suppress(OSError, AttributeError):  # a system without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _require_finite(stored: StoredTensor, read: Tensor, kept: Tensor) -> None:
