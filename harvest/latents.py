@@ -7,8 +7,8 @@
 In float32 whatever the teacher computes in, never under autocast: a half VAE leaves marks that a student learns. A
 picture beyond TILE is encoded in overlapping tiles of that side, faded into each other: memory and time are bounded by
 the tile, and `moved` is called after each one, so that a deadline has something to count; `heed` while the VAE comes
-from the disk. Up to TILE it is one tile,
-and bit for bit what the stock VAE says. The mode of the VAE's distribution is taken: nothing is drawn.
+from the disk. Up to TILE it is one tile, and bit for bit what the stock VAE says. The mode of the VAE's distribution is
+taken: nothing is drawn.
 """
 
 from collections.abc import Callable

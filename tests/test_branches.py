@@ -29,11 +29,12 @@ from harvest.granary.verify import verify
 from harvest.loading.folder import resolve
 from harvest.plan import record_bytes
 from harvest.plan_report import tokens_of
+from harvest.rollout import _chosen
 from harvest.running.health import Health
 from harvest.samples import SAMPLES
 from harvest.status import lines, survey
 from harvest.teachers import facts_of
-from tests.made import NUMERICS, command, harvest_config, harvest_here, planned, trained_here, tree
+from tests.made import NUMERICS, command, harvest_config, harvest_here, made_contract, planned, trained_here, tree
 from train.check import check
 from train.config import TrainConfig
 from train.dist import World
@@ -250,3 +251,13 @@ def _written(path: Path, values: dict[str, Any]) -> Path:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("silent", ["cond", "uncond"])
+def test_a_branch_that_says_nothing_makes_its_point_unusable(silent: str) -> None:
+    """Nobody could see it later in what guidance made of it; where both are kept, health looks at each."""
+    fields = {name: torch.randn(2, 4, 3, 3) for name in ("latents", "cond", "uncond", "guided")}
+    fields[silent][1] = 0.5
+    alone, both = (_chosen(made_contract(branches=branches), **fields) for branches in (GUIDED, BOTH))
+    assert torch.equal(alone["guided"][0], fields["guided"][0]) and alone["guided"][1].isnan().all()
+    assert all(both[name] is fields[name] for name in ("latents", "cond", "uncond"))

@@ -105,20 +105,21 @@ def one(name: str, student: Student, teacher_dir: Path, folder: Path) -> Graded:
     student_path = place / "student.json"
     demo = {"num_channels": 16, "image_size": 128, "patch_size": 16, "text_encoder_output_dim": 96}
     student_path.write_text(json.dumps(student.shape | demo))
-    if (place / "init" / "model.safetensors").exists():
-        pass  # the same command, again
-    elif student.after:
-        trained = folder_of(folder, student.after) / "run"
-        called("train", "export", str(trained), "--format", "wanlite", "--out", str(place / "init"))
-    else:
-        start = ["--fresh"] if student.fresh else ["--teacher", str(teacher_dir)]
-        where = ["--student", str(student_path), "--set", str(folder / "set"), "--out", str(place / "init")]
-        called("train", "init", *start, *where)
+    if not (place / "init" / "model.safetensors").exists():
+        called("train", *first_weights(student, student_path, teacher_dir, folder), "--out", str(place / "init"))
     path = place / "train.yaml"
     path.write_text(yaml.safe_dump(train_config(place, folder, student)))
     began = time.monotonic()
     called("train", "run", str(path))
     return graded(name, place, (time.monotonic() - began) / 60)
+
+
+def first_weights(student: Student, student_path: Path, teacher_dir: Path, folder: Path) -> list[str]:
+    """The words that make them."""
+    if student.after:
+        return ["export", str(folder_of(folder, student.after) / "run"), "--format", "wanlite"]
+    start = ["--fresh"] if student.fresh else ["--teacher", str(teacher_dir)]
+    return ["init", *start, "--student", str(student_path), "--set", str(folder / "set")]
 
 
 def train_config(place: Path, folder: Path, student: Student) -> dict[str, Any]:

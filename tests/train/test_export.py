@@ -1,5 +1,6 @@
 """What is exported opens elsewhere, and draws what `train sample` draws."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -223,6 +224,19 @@ def test_a_damaged_checkpoint_or_a_taken_name_is_refused(tmp_path: Path, run: Pa
     with pytest.raises(BadUsage, match="no checkpoint"):
         export(tmp_path / "nothing", tmp_path / "out", form="wanlite")
     assert json.loads((file.parent / "state.json").read_text())["samples_seen"] > 0
+
+
+def test_a_file_system_without_links_is_said_and_nothing_is_left(
+    tmp_path: Path, run: Path, micro_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(BadUsage, match="--copy"):
+        export(run, tmp_path / "out", form="diffusers", text_encoder=micro_wan)
+    assert not list(tmp_path.iterdir())
+    export(run, tmp_path / "out", form="diffusers", text_encoder=micro_wan, copy=True)
 
 
 def test_an_export_reads_what_it_exports(tmp_path: Path, run: Path) -> None:
