@@ -17,7 +17,7 @@ from common.watch import Watch
 from train.config import TrainConfig
 from train.dist import World
 from train.loop import set_up
-from train.optim import gather_optimizer
+from train.optim import gather
 from train.saver import Saver
 from train.state import Keep
 from train.step import Stepper
@@ -65,7 +65,7 @@ def check(config: TrainConfig, world: World) -> None:
         with part("held-out forward"):
             run.onlooker.measure(run.state, log)
         with part("save"):
-            gather_optimizer(run.state.optimizer)
+            gather(run.state.optimizers)
             if world.rank == 0:
                 saver = Saver(out, Keep(newest=1), log)
                 saver.save(run.state, run.facts())

@@ -3,6 +3,7 @@
 What the set says of itself (channels, text, guidance, shift) is read from it, never told here.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,18 @@ class Lora(Section):
 
     def adapts(self, layer: str) -> bool:
         return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
+
+
+class Muon(Section):
+    """The matrices inside the student, between its first layer and its last, move by their momentum made orthogonal
+    (Jordan et al. 2024; torch.optim.Muon): as far in all directions, however few carried the gradient."""
+
+    lr: float = Field(gt=0)
+    """On AdamW's scale (Liu et al. 2502.16982, 2.2), of which it bears several times as much."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+    def moves(self, name: str, shape: Sequence[int]) -> bool:
+        return len(shape) == 2 and name.startswith(("blocks.", "condition_embedder."))
 
 
 class GuidanceRange(Section):
@@ -78,6 +91,8 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt = 50
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
+    muon: Muon | None = None
+    """All else moves by AdamW; None: all."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     ema_on_host: bool = False
@@ -134,3 +149,7 @@ class TrainConfig(Section):
     """skip: a good sample of the same micro-batch takes the place of a damaged one; counted and said."""
     deadline_s: float = Field(default=300.0, gt=0)
     """A stage that does not move for so long is reported with every thread's stack."""
+
+    def by_muon(self, name: str, shape: Sequence[int]) -> bool:
+        """Else by AdamW."""
+        return self.muon is not None and self.muon.moves(name, shape)

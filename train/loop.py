@@ -30,7 +30,7 @@ from train.feed.order import Order
 from train.lora import base_digest, require_base
 from train.loss import level_weights
 from train.objective import Objective, objective_of
-from train.optim import gather_optimizer
+from train.optim import gather
 from train.out_of_memory import explained, fitted
 from train.resume import allow
 from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS
@@ -198,7 +198,7 @@ class Run:
         require_progress(self.state, ids)
 
     def _save(self, saver: Saver) -> None:
-        gather_optimizer(self.state.optimizer)
+        gather(self.state.optimizers)
         if self.world.rank == 0:
             saver.save(self.state, self.facts())
 

@@ -1,6 +1,7 @@
-"""The optimizer, its learning rate at each step, and the moving average of the weights. All functions of the step."""
+"""The optimizers, their learning rates at each step, the moving average of the weights. All functions of the step."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,33 +10,49 @@ from torch import Tensor, nn
 from train.config import TrainConfig
 
 EMA_WARMUP = 10.0
+PEAK = "peak_lr"
+"""Of a group of parameters."""
 
 
-def make_optimizer(student: nn.Module, config: TrainConfig, *, num_ranks: int) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (norms, biases, modulation tables) do not. Sharded, each rank holds the moments
-    of its part of the parameters and sends the others what became of them: the same bits, less memory."""
-    named = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in named if parameter.ndim >= 2 and "scale_shift_table" not in name]
-    chosen = {id(parameter) for parameter in matrices}
-    vectors = [parameter for _, parameter in named if id(parameter) not in chosen]
-    decays = ((matrices, config.weight_decay), (vectors, 0.0))
-    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
-    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "fused": True}
-    if not config.sharded_optimizer or num_ranks == 1:
-        return torch.optim.AdamW(groups, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+def make_optimizers(student: nn.Module, config: TrainConfig, *, num_ranks: int) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the matrices inside and AdamW for the rest. Matrices decay, vectors (norms, biases,
+    modulation tables) do not. Sharded, each rank holds the moments of its part of the parameters and sends the others
+    what became of them: the same bits, less memory."""
 
-    optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return optimizer
+    def group(lr: float, weight_decay: float) -> dict[str, Any]:
+        return {"params": [], "lr": lr, PEAK: lr, "weight_decay": weight_decay}
+
+    groups = {"matrix": group(config.lr, config.weight_decay), "vector": group(config.lr, 0.0)}
+    if config.muon is not None:
+        groups["by_muon"] = group(config.muon.lr, config.weight_decay)
+    for name, parameter in student.named_parameters():
+        is_vector = parameter.ndim < 2 or "scale_shift_table" in name
+        kind = "by_muon" if config.by_muon(name, parameter.shape) else "vector" if is_vector else "matrix"
+        groups[kind]["params"] += [parameter] if parameter.requires_grad else []
+
+    def made(kind: Any, names: Sequence[str], **options: Any) -> Iterator[torch.optim.Optimizer]:
+        filled = [groups[name] for name in names if groups[name]["params"]]
+        if filled and config.sharded_optimizer and num_ranks > 1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            yield ZeroRedundancyOptimizer(filled, kind, **options)
+        elif filled:
+            yield kind(filled, **options)
+
+    optimizers = [*made(torch.optim.AdamW, ["matrix", "vector"], betas=config.betas, fused=True)]
+    if config.muon is not None:
+        momentum = config.muon.momentum
+        optimizers += made(torch.optim.Muon, ["by_muon"], momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+def learning_rate(step: int, total_steps: int, config: TrainConfig, peak: float) -> float:
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return peak * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
-        return config.lr
+        return peak
     share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
 @torch.no_grad()
@@ -47,28 +64,44 @@ def update_ema(ema: dict[str, Tensor], student: nn.Module, step: int, decay: flo
     torch._foreach_lerp_(list(ema.values()), near, 1 - now)
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def gather(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """All ranks together, before the first one asks for the full state."""
-    if is_sharded(optimizer):
-        optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+    for optimizer in optimizers:
+        if is_sharded(optimizer):
+            optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
 
 
-def full_optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def full_state(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """`<parameter>:<slot>`, by the parameters' names: independent of their order and of the number of ranks."""
     names = {id(parameter): name for name, parameter in student.named_parameters()}
-    in_order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{in_order[number]}:{slot}": torch.as_tensor(value).detach()
-        for number, slots in state.items()
-        for slot, value in slots.items()
-    }
+
+    def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+        in_order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        for number, slots in optimizer.state_dict()["state"].items():
+            for slot, value in slots.items():
+                yield f"{in_order[number]}:{slot}", torch.as_tensor(value).detach()
+
+    return dict(entry for optimizer in optimizers for entry in of(optimizer))
 
 
-def own_state(optimizer: torch.optim.Optimizer) -> tuple[dict[Tensor, dict[str, Tensor]], set[Tensor]]:
-    """Where this rank's moments live, and the parameters that it has them of."""
-    local = optimizer.optim if is_sharded(optimizer) else optimizer  # type: ignore[attr-defined]
-    return local.state, {parameter for group in local.param_groups for parameter in group["params"]}
+def own_slots(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Tensor]]:
+    """Of each parameter whose moments this rank holds: where they live, by slot; empty before the first step."""
+    return {parameter: local.state[parameter] for local in map(own_part, optimizers) for group in local.param_groups
+            for parameter in group["params"]}  # fmt: skip
+
+
+def moments_to_come(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Tensor]:
+    """For each moment that this rank's first step will make, the parameter that it is as large as."""
+    for optimizer in optimizers:
+        num_moments = 1 if isinstance(own_part(optimizer), torch.optim.Muon) else 2
+        for parameter, slots in own_slots([optimizer]).items():
+            yield from [] if slots else [parameter] * num_moments
+
+
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What this rank does of it."""
+    part: torch.optim.Optimizer = optimizer.optim if is_sharded(optimizer) else optimizer  # type: ignore[attr-defined]
+    return part
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,7 +18,7 @@ from train.dist import World
 from train.feed.data import Micro
 from train.feed.order import Size
 from train.objective import Objective
-from train.optim import own_state
+from train.optim import moments_to_come, own_slots
 from train.state import TrainState
 from train.step import Stepper
 
@@ -84,9 +84,8 @@ def _goes(stepper: Stepper, micro: Micro) -> bool:
 
 @contextlib.contextmanager
 def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
-    """AdamW makes its two moments at its first step: they must fit beside the activations."""
-    moments, mine = own_state(state.optimizer)
-    held = [] if moments else [torch.empty_like(parameter) for parameter in mine for _ in range(2)]
+    """Moments are made at the first step: they must fit beside the activations."""
+    held = [torch.empty_like(parameter) for parameter in moments_to_come(state.optimizers)]
     yield
     held.clear()
 
@@ -112,7 +111,7 @@ def held_bytes(state: TrainState) -> dict[str, int]:
     """What lies on the student's own device."""
     device = next(state.student.parameters()).device
     parameters = list(state.student.parameters())
-    moments = [slot for slots in own_state(state.optimizer)[0].values() for slot in slots.values()]
+    moments = [slot for slots in own_slots(state.optimizers).values() for slot in slots.values()]
     return {
         "weights": sum(parameter.nbytes for parameter in parameters),
         "gradients": sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),

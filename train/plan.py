@@ -4,8 +4,8 @@
 
 Memory of one GPU, part by part:
 
-    weights, gradients, EMA     4 bytes a parameter each; the optimizer 8 (AdamW's two moments),
-                                shared by all GPUs when it is sharded; what is frozen has no gradient and no
+    weights, gradients, EMA     4 bytes a parameter each; the optimizer 4 a moment (AdamW has two,
+                                Muon one), shared by all GPUs when it is sharded; what is frozen has no gradient and no
                                 moments, and beside adapters (lora) no average
     half-precision copies       2 bytes a parameter while autocast is on
     activations                 what the backward pass of one micro-batch needs, see `activation_bytes`
@@ -47,16 +47,17 @@ class Need:
 
 def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_per_s: float | None) -> Iterator[str]:
     student, shapes = _student(config.init)
-    num_parameters, num_trained = sum(map(math.prod, shapes.values())), trained_parameters(config, shapes)
+    trains = trained(config, shapes)
+    num_parameters, num_trained = (sum(map(math.prod, some.values())) for some in (shapes, trains))
     shards = ShardSet.open(config.set)
     receipts = shards.manifest().receipts
     side = max(((receipt.height, receipt.width) for receipt in receipts), default=(512, 512), key=math.prod)
     points = _trained_points(receipts, config, shards.contract.keep)
     millions = num_parameters / 1e6
-    trained = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
-    yield f"student of {millions:.1f} M parameters{trained}; {points} samples an epoch, the largest {side[0]}x{side[1]}"
+    share = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
+    yield f"student of {millions:.1f} M parameters{share}; {points} samples an epoch, the largest {side[0]}x{side[1]}"
     needs = functools.partial(memory, student=student, num_parameters=num_parameters, num_trained=num_trained,
-                              side=side, num_gpus=num_gpus)  # fmt: skip
+                              num_moments=moments(config, trains), side=side, num_gpus=num_gpus)  # fmt: skip
     need = needs(config)
     yield f"memory of each of {num_gpus} GPUs at batch_size {config.batch_size}:"
     for name, size in need.parts.items():
@@ -79,27 +80,34 @@ def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_
 
 
 def memory(config: TrainConfig, *, student: StudentConfig, num_parameters: int, num_trained: int,
-           side: tuple[int, int], num_gpus: int) -> Need:  # fmt: skip
-    p, trained = float(num_parameters), float(num_trained)
+           num_moments: int, side: tuple[int, int], num_gpus: int) -> Need:  # fmt: skip
+    p, taught = float(num_parameters), float(num_trained)
     half = config.precision != "float32"
     parts = {
-        "weights": 4 * (p + (trained if config.lora else 0)),
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained / (num_gpus if config.sharded_optimizer else 1),
-        "EMA": 0.0 if config.ema_on_host else 4 * (trained if config.lora else p),
+        "weights": 4 * (p + (taught if config.lora else 0)),
+        "gradients": 4 * taught,
+        "optimizer": 4 * num_moments / (num_gpus if config.sharded_optimizer else 1),
+        "EMA": 0.0 if config.ema_on_host else 4 * (taught if config.lora else p),
         "half-precision copies": 2 * p if half else 0.0,
         "activations": activation_bytes(config, student, side),
     }
     return Need(parts={name: size for name, size in parts.items() if size})
 
 
-def trained_parameters(config: TrainConfig, shapes: Mapping[str, Sequence[int]]) -> int:
+def trained(config: TrainConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
     """Of `shapes`, the student's tensors, those that are not frozen; or the adapters beside them."""
     if config.lora is None:
-        return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(config.frozen))
-    adapted = (shape for name, shape in shapes.items()
-               if len(shape) == 2 and config.lora.adapts(name.removesuffix(".weight")))  # fmt: skip
-    return sum(config.lora.rank * sum(shape) for shape in adapted)
+        return {name: shape for name, shape in shapes.items() if not name.startswith(config.frozen)}
+    rank = config.lora.rank
+    adapted = {name: shape for name, shape in shapes.items()
+               if len(shape) == 2 and config.lora.adapts(name.removesuffix(".weight"))}  # fmt: skip
+    return {f"{name}.{end}": sides for name, (rows, columns) in adapted.items()
+            for end, sides in (("lora_A", (rank, columns)), ("lora_B", (rows, rank)))}  # fmt: skip
+
+
+def moments(config: TrainConfig, trains: Mapping[str, Sequence[int]]) -> int:
+    """Numbers that the optimizer keeps."""
+    return sum(math.prod(shape) * (1 if config.by_muon(name, shape) else 2) for name, shape in trains.items())
 
 
 def activation_bytes(config: TrainConfig, student: StudentConfig, side: tuple[int, int]) -> float:

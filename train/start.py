@@ -14,7 +14,7 @@ from common.record import Contract
 from train.config import GuidanceRange, TrainConfig
 from train.dist import World
 from train.lora import adapt
-from train.optim import make_optimizer
+from train.optim import make_optimizers
 from train.state import TrainState
 from train.student.guidance import hearing
 from train.student.network import WEIGHTS_NAME, WanLite, load_student
@@ -79,5 +79,5 @@ def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState
     ema = {name: parameter.detach().to(home, copy=True) for name, parameter in kept}
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
     return TrainState(
-        student=student, ema=ema, optimizer=make_optimizer(student, config, num_ranks=world.size), scaler=scaler
+        student=student, ema=ema, optimizers=make_optimizers(student, config, num_ranks=world.size), scaler=scaler
     )

@@ -23,7 +23,7 @@ from common.extents import crc32c
 from common.files import sweep, write_folder
 from common.log import Log
 from train.loss import NUM_LEVELS
-from train.optim import full_optimizer_state, own_state
+from train.optim import full_state, own_slots
 from train.run_folder import CHECKPOINTS, EMA_NAME, MODEL_NAME, OPTIMIZER_NAME, STATE_NAME, checkpoints
 from train.student.network import WanLite
 
@@ -38,7 +38,7 @@ class TrainState:
     student: WanLite
     ema: dict[str, Tensor]
     """By the names of the parameters that a checkpoint holds: all, or the adapters alone."""
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     """Of the loss, under float16; else it does nothing."""
     samples_seen: int = 0
@@ -81,7 +81,7 @@ def snapshot_of(state: TrainState, facts: Mapping[str, Any]) -> Snapshot:
     tensors = {
         MODEL_NAME: _copied(state.weights()),
         EMA_NAME: _copied(state.ema),
-        OPTIMIZER_NAME: _copied(full_optimizer_state(state.student, state.optimizer)),
+        OPTIMIZER_NAME: _copied(full_state(state.student, state.optimizers)),
     }
     summary = json.loads(json.dumps({**state.counters(), **facts}))
     return Snapshot(samples_seen=state.samples_seen, tensors=tensors, summary=summary)
@@ -188,7 +188,7 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
             weights[name].copy_(tensor)
         for name, tensor in load(files[EMA_NAME]).items():
             state.ema[name].copy_(tensor)
-        _restore_optimizer(state, load(files[OPTIMIZER_NAME]))
+        _restore_optimizers(state, load(files[OPTIMIZER_NAME]))
         for name in state.counters():
             if name != "scaler":
                 setattr(state, name, summary[name])
@@ -221,14 +221,14 @@ def _differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {theirs.get(name)}, now {mine[name]}" for name in odd)
 
 
-def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizers(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(state.student.named_parameters())
-    moments, mine = own_state(state.optimizer)
+    mine = own_slots(state.optimizers)
     for key, tensor in tensors.items():
         name, slot = key.rsplit(":", 1)
         parameter = parameters[name]
         if parameter in mine:
-            moments[parameter][slot] = tensor.to(parameter.device)
+            mine[parameter][slot] = tensor.to(parameter.device)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from train.dist import World
 from train.feed.data import Micro, Step
 from train.loss import NUM_LEVELS, error_of, level_sums, levels_of
 from train.objective import Objective
-from train.optim import learning_rate, update_ema
+from train.optim import PEAK, learning_rate, update_ema
 from train.state import TrainState
 
 MAX_SKIPPED, SKIPPED_OF = 10, 100
@@ -57,10 +57,8 @@ class Stepper:
         self._gradients = world.flat_gradients(state.student)
 
     def take(self, step: Step) -> Taken:
-        state, config = self._state, self._config
-        rate = learning_rate(state.step, self._total_steps, config)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        state = self._state
+        rate = self._set_rates()
         self._forget_gradients()
         sums = torch.zeros(2, NUM_LEVELS, dtype=torch.float64, device=self._world.device)
         errors = []
@@ -82,6 +80,16 @@ class Stepper:
             sums.zero_()
         return Taken(sums=sums, norm=norm, rate=rate, skipped=skipped, suspects=suspects)
 
+    def _set_rates(self) -> float:
+        """AdamW's."""
+
+        def now(peak: float) -> float:
+            return learning_rate(self._state.step, self._total_steps, self._config, peak)
+
+        for group in (group for optimizer in self._state.optimizers for group in optimizer.param_groups):
+            group["lr"] = now(group[PEAK])
+        return now(self._config.lr)
+
     def _guidance(self, step: Step) -> Sequence[Tensor | None]:
         """w of each micro-batch, where it is drawn: by the samples' positions in the stream of all ranks."""
         drawn = self._objective.drawn
@@ -102,16 +110,18 @@ class Stepper:
         """All that a micro-batch costs, and nothing of it stays."""
         with self._without_sync():
             self.backward(micro.to(self._world.device), share=1.0)
-        self._state.optimizer.zero_grad(set_to_none=True)
+        self._state.student.zero_grad(set_to_none=True)
 
     def _descend(self) -> tuple[Tensor, bool]:
         """The gradient's norm, and whether the step was skipped."""
         state, config = self._state, self._config
-        state.scaler.unscale_(state.optimizer)
+        for optimizer in state.optimizers:
+            state.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(state.student.parameters(), config.max_grad_norm)
         skipped = not bool(norm.isfinite())
         if not skipped:
-            state.scaler.step(state.optimizer)
+            for optimizer in state.optimizers:
+                state.scaler.step(optimizer)
             update_ema(state.ema, state.student, state.step, config.ema_decay)
         elif not state.scaler.is_enabled() or state.scaler.get_scale() <= 1:  # else the scale was too large, and falls
             state.skipped.append(state.step)
@@ -122,7 +132,7 @@ class Stepper:
         if self._gradients:
             self._gradients.zero()
         else:
-            self._state.optimizer.zero_grad(set_to_none=True)
+            self._state.student.zero_grad(set_to_none=True)
 
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients cross the network once per optimizer step."""

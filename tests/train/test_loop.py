@@ -274,14 +274,17 @@ def test_what_is_saved_is_the_moment_of_asking(
     assert there == [1, 2, 3], "the one that is begun, and those before it"
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_resumes_to_the_same_bits(precision: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "muon"), [("bfloat16", None), ("float16", None), ("float16", {"lr": 4e-3})])
+def test_half_precision_and_muon_resume_to_the_same_bits(
+    precision: str, muon: dict[str, Any] | None, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """The scale of float16's loss is part of the state: it doubles and halves with the steps that were taken."""
-    whole = run(settings, precision=precision, num_epochs=1, out=tmp_path / "whole")
+    settings |= {"precision": precision, "muon": muon, "num_epochs": 1}
+    whole = run(settings, out=tmp_path / "whole")
     for _ in range(2):
         with pytest.raises(Stopped):
-            run(settings, precision=precision, num_epochs=1, limit_s=0.0)
-    same(run(settings, precision=precision, num_epochs=1), whole)
+            run(settings, limit_s=0.0)
+    same(run(settings), whole)
     facts, _ = read_checkpoint(checkpoints(whole)[-1])
     assert bool(facts["scaler"]) == (precision == "float16")
     assert all(line["loss"] < 10 for line in read_metrics(whole) if "loss" in line)

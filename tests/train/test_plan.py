@@ -1,5 +1,6 @@
 """The plan's memory is what autograd keeps, and its mends are named when it does not fit."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 
 from common.config import check
 from train.config import TrainConfig
-from train.plan import activation_bytes, memory, plan_lines, trained_parameters
+from train.optim import make_optimizers, moments_to_come, own_slots
+from train.plan import activation_bytes, memory, moments, plan_lines, trained
 from train.student.network import StudentConfig, WanLite
 
 LITE = {"num_layers": 4, "num_heads": 4, "head_dim": 64, "in_channels": 16, "out_channels": 16, "patch": 2,
@@ -52,8 +54,8 @@ def test_planned_activations_are_what_the_backward_pass_keeps(batch: int, side: 
 
 
 def total(asked: TrainConfig, *, trained: int = 1000, num_gpus: int = 1) -> float:
-    return memory(asked, student=StudentConfig(**LITE), num_parameters=1000, num_trained=trained, side=(256, 256),
-                  num_gpus=num_gpus).total  # fmt: skip
+    return memory(asked, student=StudentConfig(**LITE), num_parameters=1000, num_trained=trained,
+                  num_moments=2 * trained, side=(256, 256), num_gpus=num_gpus).total  # fmt: skip
 
 
 def test_memory_counts_what_each_key_moves() -> None:
@@ -63,14 +65,18 @@ def test_memory_counts_what_each_key_moves() -> None:
     assert total(config()) - total(config(), trained=400) == 600 * (4 + 8), "frozen: no gradient, no moments"
 
 
+def counted(asked: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, trained(asked, shapes).values()))
+
+
 def test_what_is_trained_is_counted_as_it_is() -> None:
     """Against the student itself, with peft's own adapters beside it."""
     student = WanLite(StudentConfig(**LITE))
     shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
     whole = sum(parameter.numel() for parameter in student.parameters())
-    assert trained_parameters(config(), shapes) == whole
+    assert counted(config(), shapes) == whole
     held = sum(parameter.numel() for name, parameter in student.named_parameters() if name.startswith("blocks.0."))
-    assert trained_parameters(config(frozen=["blocks.0."]), shapes) == whole - held
+    assert counted(config(frozen=["blocks.0."]), shapes) == whole - held
     pytest.importorskip("peft")
     from train.lora import adapt
 
@@ -78,7 +84,24 @@ def test_what_is_trained_is_counted_as_it_is() -> None:
     assert asked.lora is not None
     adapt(student, asked.lora, seed=0)
     adapters = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    assert trained_parameters(asked, shapes) == adapters > 0
+    assert counted(asked, shapes) == adapters > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"muon": {"lr": 4e-3}}, {"muon": {"lr": 4e-3}, "frozen": ["blocks.0."]}])
+def test_the_planned_optimizer_is_the_one_that_a_step_makes(changes: dict[str, Any]) -> None:
+    asked = config(**changes)
+    student = WanLite(StudentConfig(**LITE))
+    shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not name.startswith(asked.frozen))
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizers = make_optimizers(student, asked, num_ranks=1)
+    to_come = sum(parameter.numel() for parameter in moments_to_come(optimizers))
+    for optimizer in optimizers:
+        optimizer.step()
+    made = sum(slot.numel() for slots in own_slots(optimizers).values() for slot in slots.values() if slot.ndim)
+    assert moments(asked, trained(asked, shapes)) == to_come == made
+    assert not [*moments_to_come(optimizers)]
 
 
 def test_what_does_not_fit_is_told_what_would(micro_set: Path, micro_init: Path, tmp_path: Path) -> None:

@@ -145,8 +145,15 @@ def test_what_two_began_another_number_ends(after: int, tmp_path: Path, settings
 
 
 @pytest.mark.full
-def test_a_sharded_optimizer_is_the_same_optimizer(tmp_path: Path, settings: dict[str, Any], pair: Path) -> None:
+@pytest.mark.parametrize("muon", [None, {"lr": 4e-3}])
+def test_a_sharded_optimizer_is_the_same_optimizer(
+    muon: dict[str, Any] | None, tmp_path: Path, settings: dict[str, Any], pair: Path
+) -> None:
     """Killed sharded, resumed whole, and the other way round."""
+    if muon is not None:
+        settings |= {"muon": muon}
+        (tmp_path / "whole").mkdir()
+        pair = finished(tmp_path / "whole", settings, processes=2)
     killed(tmp_path, settings, 0.0, processes=2, sharded_optimizer=True)
     process = started(tmp_path, settings, processes=2)
     while len(checkpoints(tmp_path / "run")) < 4 and process.poll() is None:
