@@ -36,7 +36,7 @@ class Lora(Section):
 
 class Muon(Section):
     """The matrices inside the student, between its first layer and its last, move by their momentum made orthogonal
-    (Jordan et al. 2024; torch.optim.Muon): as far in all directions, however few carried the gradient."""
+    (train/muon.py): as far in all directions, however few carried the gradient."""
 
     lr: float = Field(gt=0)
     """On AdamW's scale (Liu et al. 2502.16982, 2.2), of which it bears several times as much."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import TrainConfig
+from train.muon import Muon
 
 EMA_WARMUP = 10.0
 PEAK = "peak_lr"
@@ -41,8 +42,7 @@ def make_optimizers(student: nn.Module, config: TrainConfig, *, num_ranks: int) 
 
     optimizers = [*made(torch.optim.AdamW, ["matrix", "vector"], betas=config.betas, fused=True)]
     if config.muon is not None:
-        momentum = config.muon.momentum
-        optimizers += made(torch.optim.Muon, ["by_muon"], momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        optimizers += made(Muon, ["by_muon"], lr=config.muon.lr, momentum=config.muon.momentum)
     return optimizers
 
 
@@ -93,7 +93,7 @@ def own_slots(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[
 def moments_to_come(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Tensor]:
     """For each moment that this rank's first step will make, the parameter that it is as large as."""
     for optimizer in optimizers:
-        num_moments = 1 if isinstance(own_part(optimizer), torch.optim.Muon) else 2
+        num_moments = 1 if isinstance(own_part(optimizer), Muon) else 2
         for parameter, slots in own_slots([optimizer]).items():
             yield from [] if slots else [parameter] * num_moments
 

@@ -45,7 +45,7 @@ class Student:
 
 HALF = {"hidden_size": 144, "num_heads": 3, "depth": 6, "ffn_dim": 408}
 QUARTER = {"hidden_size": 120, "num_heads": 3, "depth": 5, "ffn_dim": 176}
-EIGHTH = {"hidden_size": 88, "num_heads": 2, "depth": 5, "ffn_dim": 80}
+EIGHTH = {"hidden_size": 80, "num_heads": 2, "depth": 6, "ffn_dim": 88}
 STUDENTS = {
     "1/2": Student(shape=HALF, samples=125_000),
     "1/4": Student(shape=QUARTER, samples=180_000),
@@ -127,6 +127,7 @@ def train_config(place: Path, folder: Path, student: Student) -> dict[str, Any]:
     config |= {"processes": 2, "threads": 1, "precision": "bfloat16", **student.changes}
     num_points = student.changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
     steps = student.samples // (config["batch_size"] * config["processes"])
+    config |= {"muon": {"lr": 8.0e-3, "momentum": 0.9}}
     config |= {"set": str(folder / "set"), "init": str(place / "init"), "out": str(place / "run"), "ema_decay": 0.998}
     config |= {"num_epochs": student.samples / num_points, "log_every": 100}
     return config | {"checkpoint_every": steps // CURVE_POINTS, "keep_checkpoints": 2 * CURVE_POINTS}
