@@ -47,12 +47,12 @@ HALF = {"hidden_size": 144, "num_heads": 3, "depth": 6, "ffn_dim": 408}
 QUARTER = {"hidden_size": 120, "num_heads": 3, "depth": 5, "ffn_dim": 176}
 EIGHTH = {"hidden_size": 80, "num_heads": 2, "depth": 6, "ffn_dim": 88}
 STUDENTS = {
-    "1/2": Student(shape=HALF, samples=125_000),
-    "1/4": Student(shape=QUARTER, samples=180_000),
-    "1/8": Student(shape=EIGHTH, samples=220_000),
-    "1/4, random start": Student(shape=QUARTER, samples=180_000, fresh=True),
+    "1/2": Student(shape=HALF, samples=110_000),
+    "1/4": Student(shape=QUARTER, samples=160_000),
+    "1/8": Student(shape=EIGHTH, samples=180_000),
+    "1/4, random start": Student(shape=QUARTER, samples=160_000, fresh=True),
     "1/4 in 4 steps": Student(
-        shape=QUARTER, samples=180_000, after="1/4", changes={"objective": "segment", "segments": 4}
+        shape=QUARTER, samples=160_000, after="1/4", changes={"objective": "segment", "segments": 4}
     ),
 }
 
