@@ -69,6 +69,8 @@ def _freeze(student: WanLite, prefixes: tuple[str, ...]) -> None:
                            mend="name one of these, or blocks.N")  # fmt: skip
         for parameter in parts:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise BadUsage(wrong="frozen: nothing is left to train", found=", ".join(prefixes), mend="leave a part away")
 
 
 def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState:

@@ -4,7 +4,8 @@
 
 harvest (every step of 8 kept) -> for each student: train init -> train run -> train eval --grader, all through the
 command lines, one after the other, as much training as two cores do in about eight minutes. The grader's scores are
-of the set's records, held-out captions first; the teacher's own pictures of the same noise are graded beside. What a
+of the set's records, held-out captions first; the teacher's own pictures of the same noise are graded beside, and at
+the end those that it draws of them in twenty steps. What a
 student scored stays in its folder: the same command goes on with the next one (and with what the folder holds: after
 a change of this file give another --out; the minutes of a run that was stopped are those of its last piece).
 """
@@ -18,13 +19,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 
+from common.shards import ASSETS, ShardSet
 from tests.bench.curves import write_curves
 from tests.shapes.draw import shuffled, training_scenes
+from train.chosen import first_records
+from train.evaluate import graded, load_grader
 from train.run_folder import checkpoints
+from train.sample import pictures
+from train.vae.network import load_vae
 
 NUM_PROMPTS, SEEDS, STEPS = 2394, 2, 8
+NUM_GRADED, MORE_STEPS = 256, 20
 CURVE_POINTS = 4
 CURVES_NAME, SCORE_NAME = "students.json", "score.json"
 GRADER = "tests.shapes.grade:grade"
@@ -90,6 +99,9 @@ def run(teacher_dir: Path, folder: Path, *, only: Sequence[str]) -> Iterator[str
             score_path.write_text(json.dumps(asdict(one(name, STUDENTS[name], teacher_dir, folder))))
         students.append(Graded(**json.loads(score_path.read_text())))
         yield str(students[-1])
+    score = in_more_steps(teacher_dir, folder)
+    yield f"the teacher in {MORE_STEPS} steps of two forwards: {score:.3f}; of that: " + ", ".join(
+        f"{student.name} {student.curve[-1][1] / score:.3f}" for student in students)  # fmt: skip
     (folder / CURVES_NAME).write_text(json.dumps([asdict(student) for student in students], indent=1))
     write_curves(students, folder / "students.svg")
     yield f"the curves: {folder / 'students.svg'}"
@@ -111,7 +123,7 @@ def one(name: str, student: Student, teacher_dir: Path, folder: Path) -> Graded:
     path.write_text(yaml.safe_dump(train_config(place, folder, student)))
     began = time.monotonic()
     called("train", "run", str(path))
-    return graded(name, place, (time.monotonic() - began) / 60)
+    return graded_run(name, place, (time.monotonic() - began) / 60)
 
 
 def first_weights(student: Student, student_path: Path, teacher_dir: Path, folder: Path) -> list[str]:
@@ -133,14 +145,36 @@ def train_config(place: Path, folder: Path, student: Student) -> dict[str, Any]:
     return config | {"checkpoint_every": steps // CURVE_POINTS, "keep_checkpoints": 2 * CURVE_POINTS}
 
 
-def graded(name: str, place: Path, minutes: float) -> Graded:
+def graded_run(name: str, place: Path, minutes: float) -> Graded:
     """Every checkpoint of a run, by its pictures of the same noise as its teacher's."""
     curve = []
     for checkpoint in checkpoints(place / "run"):
-        report = json.loads(called("train", "eval", str(checkpoint), "--num", "256", "--grader", GRADER, "--json"))
+        report = json.loads(
+            called("train", "eval", str(checkpoint), "--num", str(NUM_GRADED), "--grader", GRADER, "--json")
+        )
         curve.append((report["samples_seen"], report["graded"]["all"]["student"]))
     return Graded(name=name, parameters=report["parameters"], minutes=minutes, forwards=report["steps"],
                   teacher=report["graded"]["all"]["teacher"], curve=curve)  # fmt: skip
+
+
+def in_more_steps(teacher_dir: Path, folder: Path) -> float:
+    """The teacher's score of the records that its students are graded by, from the same noise."""
+    records = first_records(ShardSet.open(folder / "set"), NUM_GRADED)
+    wishes = folder / "graded.jsonl"
+    wishes.write_text("".join(f"{json.dumps({'prompt': each.prompt, 'seed': each.seed})}\n" for each in records))
+    config = yaml.safe_load(harvest_config(teacher_dir, folder).read_text())
+    config |= {"out": str(folder / "set_in_more_steps"), "steps": MORE_STEPS, "keep": 2}
+    config["prompts"] |= {"file": str(wishes), "seeds_per_prompt": 1}
+    path = folder / "harvest_in_more_steps.yaml"
+    path.write_text(yaml.safe_dump(config))
+    called("harvest", "run", str(path))
+    shards = ShardSet.open(folder / "set_in_more_steps")
+    drawn = first_records(shards, NUM_GRADED)
+    assert {record.key for record in drawn} == {record.key for record in records}
+    finals = torch.from_numpy(np.stack([record.final for record in drawn]).astype(np.float32))
+    with torch.inference_mode():
+        found = pictures(load_vae(shards.path / ASSETS / "vae").decode(finals))
+    return graded(load_grader(GRADER), found, [record.prompt for record in drawn])["all"]
 
 
 def harvest_config(teacher_dir: Path, folder: Path) -> Path:

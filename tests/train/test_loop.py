@@ -299,6 +299,8 @@ def test_frozen_parts_stay_and_unknown_ones_are_named(settings: dict[str, Any], 
         assert torch.equal(tensor, last[name]) == name.startswith(("condition_embedder", "blocks.0.")), name
     with pytest.raises(BadUsage, match="blockz"):
         run(settings, frozen=["blockz"])
+    with pytest.raises(BadUsage, match="nothing is left"):
+        run(settings, frozen=["patch", "condition", "blocks", "proj", "scale"])
 
 
 def test_checkpointing_in_the_backward_pass_changes_no_bit(settings: dict[str, Any], straight: Path) -> None:
