@@ -34,12 +34,12 @@ class Lora(Section):
         return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
 
 
-class Muon(Section):
-    """The matrices inside the student, between its first layer and its last, move by their momentum made orthogonal
+class MuonConfig(Section):
+    """The matrices of the blocks and of what they are conditioned on move by their momentum made orthogonal
     (train/muon.py): as far in all directions, however few carried the gradient."""
 
     lr: float = Field(gt=0)
-    """On AdamW's scale (Liu et al. 2502.16982, 2.2), of which it bears several times as much."""
+    """On the scale of `lr`, which is AdamW's (Liu et al. 2502.16982, 2.2); four times that was best on small ones."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
     def moves(self, name: str, shape: Sequence[int]) -> bool:
@@ -91,8 +91,8 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt = 50
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    muon: Muon | None = None
-    """All else moves by AdamW; None: all."""
+    muon: MuonConfig | None = None
+    """What is not moved so, and without this everything, moves by AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     ema_on_host: bool = False
@@ -151,5 +151,5 @@ class TrainConfig(Section):
     """A stage that does not move for so long is reported with every thread's stack."""
 
     def by_muon(self, name: str, shape: Sequence[int]) -> bool:
-        """Else by AdamW."""
+        """Whether this parameter moves so; else AdamW moves it."""
         return self.muon is not None and self.muon.moves(name, shape)

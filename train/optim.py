@@ -18,7 +18,7 @@ PEAK = "peak_lr"
 def make_optimizers(student: nn.Module, config: TrainConfig, *, num_ranks: int) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside and AdamW for the rest. Matrices decay, vectors (norms, biases,
     modulation tables) do not. Sharded, each rank holds the moments of its part of the parameters and sends the others
-    what became of them: the same bits, less memory."""
+    what became of them: the same numbers, less memory."""
 
     def group(lr: float, weight_decay: float) -> dict[str, Any]:
         return {"params": [], "lr": lr, PEAK: lr, "weight_decay": weight_decay}
@@ -31,14 +31,14 @@ def make_optimizers(student: nn.Module, config: TrainConfig, *, num_ranks: int) 
         kind = "by_muon" if config.by_muon(name, parameter.shape) else "vector" if is_vector else "matrix"
         groups[kind]["params"] += [parameter] if parameter.requires_grad else []
 
-    def made(kind: Any, names: Sequence[str], **options: Any) -> Iterator[torch.optim.Optimizer]:
+    def made(optimizer: Any, names: Sequence[str], **options: Any) -> Iterator[torch.optim.Optimizer]:
         filled = [groups[name] for name in names if groups[name]["params"]]
         if filled and config.sharded_optimizer and num_ranks > 1:
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
-            yield ZeroRedundancyOptimizer(filled, kind, **options)
+            yield ZeroRedundancyOptimizer(filled, optimizer, **options)
         elif filled:
-            yield kind(filled, **options)
+            yield optimizer(filled, **options)
 
     optimizers = [*made(torch.optim.AdamW, ["matrix", "vector"], betas=config.betas, fused=True)]
     if config.muon is not None:

@@ -55,8 +55,12 @@ def open_student(config: TrainConfig, contract: Contract) -> WanLite:
         if config.frozen:
             raise BadUsage(wrong="frozen and lora together", found=f"frozen: {list(config.frozen)}",
                            mend="frozen: []; adapters alone are trained, where lora.targets says")  # fmt: skip
+        if config.muon is not None:
+            raise BadUsage(wrong="muon and lora together", found=f"lora.rank: {config.lora.rank}",
+                           mend="muon: null, for adapters are thin factors, not matrices of their own")  # fmt: skip
         adapt(student, config.lora, seed=config.seed)
     _freeze(student, config.frozen)
+    _require_taught(student, config)
     return student
 
 
@@ -69,8 +73,15 @@ def _freeze(student: WanLite, prefixes: tuple[str, ...]) -> None:
                            mend="name one of these, or blocks.N")  # fmt: skip
         for parameter in parts:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise BadUsage(wrong="frozen: nothing is left to train", found=", ".join(prefixes), mend="leave a part away")
+
+
+def _require_taught(student: WanLite, config: TrainConfig) -> None:
+    taught = {name: parameter.shape for name, parameter in student.named_parameters() if parameter.requires_grad}
+    if not taught:
+        raise BadUsage(wrong="frozen: nothing is left to train", found=", ".join(config.frozen), mend="leave one away")
+    if config.muon is not None and not any(config.by_muon(name, shape) for name, shape in taught.items()):
+        raise BadUsage(wrong="muon: nothing is left to it", found=f"frozen: {', '.join(config.frozen)}",
+                       mend="muon: null, or leave one away")  # fmt: skip
 
 
 def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState:

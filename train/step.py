@@ -81,7 +81,7 @@ class Stepper:
         return Taken(sums=sums, norm=norm, rate=rate, skipped=skipped, suspects=suspects)
 
     def _set_rates(self) -> float:
-        """AdamW's."""
+        """Each group its share of its own peak; the answer is AdamW's."""
 
         def now(peak: float) -> float:
             return learning_rate(self._state.step, self._total_steps, self._config, peak)

@@ -23,7 +23,7 @@ from train.feed.order import Order
 from train.held_out import HeldOut
 from train.loss import error_of
 from train.objective import Output, objective_of
-from train.optim import learning_rate, make_optimizer
+from train.optim import learning_rate, make_optimizers
 from train.student.fresh import start_fresh
 from train.student.importance import ByNorms, Importance
 from train.student.network import StudentConfig, WanLite, load_student
@@ -127,12 +127,12 @@ def measured(init: Path, shards: ShardSet, steps: int) -> tuple[float, list[floa
 def learned(student: WanLite, shards: ShardSet, config: TrainConfig, steps: int) -> list[float]:
     objective = objective_of(config, shards.contract)
     held_out = HeldOut(objective, held_out_records(shards, NUM_RECORDS), text_rows=512, device=torch.device("cpu"))
-    optimizer = make_optimizer(student, config, num_ranks=1)
+    (optimizer,) = make_optimizers(student, config, num_ranks=1)
     receipts, curve = shards.manifest().receipts, []
     with Feed(shards, Order(0, lambda epoch: receipts), global_batch=BATCH, micro_batch=BATCH, rank=0, world=1) as feed:
         for number, step in zip(range(steps), feed, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(number, steps, config)
+                group["lr"] = learning_rate(number, steps, config, config.lr)
             optimizer.zero_grad(set_to_none=True)
             error_of(student.train(), objective.ask(step.micros[0]), step.micros[0]).mean().backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

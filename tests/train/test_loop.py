@@ -287,6 +287,8 @@ def test_half_precision_and_muon_resume_to_the_same_bits(
     same(run(settings), whole)
     facts, _ = read_checkpoint(checkpoints(whole)[-1])
     assert bool(facts["scaler"]) == (precision == "float16")
+    slots = {key.rsplit(":", 1)[1] for key in load_file(checkpoints(whole)[-1] / OPTIMIZER_NAME)}
+    assert ("momentum" in slots) == (muon is not None) and "exp_avg" in slots
     assert all(line["loss"] < 10 for line in read_metrics(whole) if "loss" in line)
 
 
@@ -301,6 +303,8 @@ def test_frozen_parts_stay_and_unknown_ones_are_named(settings: dict[str, Any], 
         run(settings, frozen=["blockz"])
     with pytest.raises(BadUsage, match="nothing is left"):
         run(settings, frozen=["patch", "condition", "blocks", "proj", "scale"])
+    with pytest.raises(BadUsage, match="nothing is left to it"):
+        run(settings, frozen=["condition", "blocks"], muon={"lr": 4e-3})
 
 
 def test_checkpointing_in_the_backward_pass_changes_no_bit(settings: dict[str, Any], straight: Path) -> None:

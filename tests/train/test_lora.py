@@ -160,6 +160,7 @@ def test_what_is_not_a_runs_own_is_refused(tmp_path: Path, asked: dict[str, Any]
     ({"lora": LORA | {"targets": ["patch_embedding"]}}, "no linear layer"),
     ({"lora": LORA | {"targets": []}}, "lora.targets"),
     ({"frozen": ["blocks.0."]}, "frozen and lora"),
+    ({"muon": {"lr": 1e-3}}, "muon and lora"),
 ])  # fmt: skip
 def test_a_wish_that_means_nothing_is_refused(changes: dict[str, Any], what: str, asked: dict[str, Any]) -> None:
     with pytest.raises(BadUsage) as fault:

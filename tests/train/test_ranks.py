@@ -151,7 +151,7 @@ def test_a_sharded_optimizer_is_the_same_optimizer(
 ) -> None:
     """Killed sharded, resumed whole, and the other way round."""
     if muon is not None:
-        settings |= {"muon": muon}
+        settings = settings | {"muon": muon}
         (tmp_path / "whole").mkdir()
         pair = finished(tmp_path / "whole", settings, processes=2)
     killed(tmp_path, settings, 0.0, processes=2, sharded_optimizer=True)
