@@ -36,8 +36,7 @@ class Muon(torch.optim.Optimizer):
         grads = [matrix.grad for matrix in matrices if matrix.grad is not None]
         averages = [self._average_of(matrix) for matrix in matrices]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov's
-        steps = orthogonal(torch.stack(ahead))
+        steps = orthogonal(torch.stack(torch._foreach_lerp(grads, averages, momentum)))  # ahead, as Nesterov's
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, list(steps.unbind()), alpha=-lr * RMS * max(steps.shape[1:]) ** 0.5)
 
