@@ -5,9 +5,9 @@
 harvest (every step of 8 kept) -> for each student: train init -> train run -> train eval --grader, all through the
 command lines, one after the other, as much training as two cores do in about eight minutes. The grader's scores are
 of the set's records, held-out captions first; the teacher's own pictures of the same noise are graded beside, and at
-the end those that it draws of them in twenty steps. What a
-student scored stays in its folder: the same command goes on with the next one (and with what the folder holds: after
-a change of this file give another --out; the minutes of a run that was stopped are those of its last piece).
+the end those that it draws of them in twenty steps. What a student scored stays in its folder: the same command goes on
+with the next one (and with what the folder holds: after a change of this file give another --out; the minutes of a run
+that was stopped are those of its last piece).
 """
 
 import json
@@ -136,10 +136,9 @@ def first_weights(student: Student, student_path: Path, teacher_dir: Path, folde
 
 def train_config(place: Path, folder: Path, student: Student) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(Path("configs/train/demo.yaml").read_text(encoding="utf-8"))
-    config |= {"processes": 2, "threads": 1, "precision": "bfloat16", **student.changes}
+    config |= {"processes": 2, "threads": 1, "precision": "bfloat16", "muon": {"lr": 8e-3}, **student.changes}
     num_points = student.changes.get("segments", STEPS) * NUM_PROMPTS * SEEDS * 0.98
     steps = student.samples // (config["batch_size"] * config["processes"])
-    config |= {"muon": {"lr": 8.0e-3, "momentum": 0.9}}
     config |= {"set": str(folder / "set"), "init": str(place / "init"), "out": str(place / "run"), "ema_decay": 0.998}
     config |= {"num_epochs": student.samples / num_points, "log_every": 100}
     return config | {"checkpoint_every": steps // CURVE_POINTS, "keep_checkpoints": 2 * CURVE_POINTS}
