@@ -23,11 +23,15 @@ from torch import Tensor
 
 from common.errors import BadUsage
 from common.shards import ShardSet
-from train.feed.filling import Filled, Options
+from train.feed.filling import Options
 from train.feed.order import Batch, Order, Samples, Size
+from train.feed.pieces import Filled
 from train.feed.reading import Part, PartReader, ThreadReader
 from train.feed.ring import Ring
 from train.feed.slots import Slot, SlotPlan, Spans
+
+NUM_SLOTS = 2
+"""The step in the loop's hands, and the one that all readers read: more are no faster, they leave the caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +116,18 @@ class Feed:
         """Samples that were damaged, and such whose text was cut to text_max_length, as often as they came."""
         self._order, self._contract = order, shards.contract
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._deadline_s, self._say = deadline_s, say or (lambda event, **facts: None)
+        self._say = say or (lambda event, **facts: None)
         self._text_rows = min(text_max_length or shards.contract.text_length, shards.contract.text_length)
         self._spans = spans
         self._said: set[tuple[str, int]] = set()
-        self._num_slots = max(1, read_workers) + 1  # the step in the loop's hands, and one that each reader reads
         self._trays: dict[tuple[int, Size], tuple[Tray, ...]] = {}
         self._ahead: deque[Ahead] = deque()
         self._num_submitted = 0
         options = Options(text_rows=self._text_rows, on_corrupt=on_corrupt, library=shards.library, spans=spans)
         self._reader: PartReader = (
-            Ring(shards.path, read_workers, options, self._say) if read_workers else ThreadReader(shards, options)
+            Ring(shards.path, read_workers, options, self._say, deadline_s=deadline_s)
+            if read_workers
+            else ThreadReader(shards, options, deadline_s=deadline_s)
         )
 
     def __enter__(self) -> Self:
@@ -135,7 +140,7 @@ class Feed:
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            while len(self._ahead) < self._num_slots:
+            while len(self._ahead) < NUM_SLOTS:
                 self._submit(self._order.next_batch(self._global_batch))
             yield self._finish(self._ahead.popleft())
 
@@ -144,11 +149,11 @@ class Feed:
 
     def _submit(self, batch: Batch) -> None:
         mine = batch.for_rank(self._rank, self._world)
-        trays = self._trays_of(self._num_submitted % self._num_slots, batch.size)
+        trays = self._trays_of(self._num_submitted % NUM_SLOTS, batch.size)
         parts = []
         for number, tray in enumerate(trays):
             samples = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
-            tray.slot.request[:] = samples.rows
+            tray.slot.ask_for(samples.rows)
             parts.append(Part(batch=self._num_submitted, slot=tray.slot, samples=samples))
             self._reader.submit(parts[-1])
         self._ahead.append(Ahead(trays=trays, parts=tuple(parts), samples=batch.samples, epoch=batch.epoch,
@@ -158,7 +163,7 @@ class Feed:
     def _finish(self, ahead: Ahead) -> Step:
         micros = []
         for tray, part in zip(ahead.trays, ahead.parts, strict=True):
-            filled = self._reader.wait(part, deadline_s=self._deadline_s)
+            filled = self._reader.wait(part)
             if filled.skipped or filled.num_cut:
                 self._count(part, filled)
             micros.append(tray.micro(filled.num_texts, filled.longest))

@@ -1,25 +1,23 @@
 """How a slot is filled. No torch: reading processes import this.
 
-    filler = Filler(shards, Options(text_rows=77, on_corrupt="stop"))
-    slot.request[:] = samples.rows
-    filled = filler.fill(slot, progress)
+filler = Filler(shards, Options(text_rows=77, on_corrupt="stop"))
+slot.ask_for(samples.rows)
+filled = finished(slot, [filler.fill(slot, progress, ALONE)])       or several fillers, see train/feed/pieces.py
 
-    rows -> looked up -> each one's extent straight into its row, or decoded into it -> distinct texts, once each
-
-`on_corrupt: skip` puts the next good sample of the same micro-batch (the first, after the last) in the place of a
-damaged one: the shape stays, nothing is weighted apart, and the result is a function of the micro-batch alone. A
-micro-batch without one good sample stops all the same.
+rows -> looked up -> noise levels, distinct texts once each, each row's extent straight into its place or decoded
+into it -> a Piece
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.errors import Corrupt, Partial
 from common.record import Array
 from common.shards import ShardSet
-from train.feed.shelf import Place, Shelf, Shelved, Text, TextName, Texts, item_of
+from train.feed.pieces import BadRow, Piece, Share
+from train.feed.shelf import Place, Shelf, Shelved, TextName, Texts, item_of
 from train.feed.slots import FINAL, Slot, Spans
 
 
@@ -35,17 +33,6 @@ class Options:
     """With each point the state at its segment's end, see train/objective.py."""
 
 
-class Filled(NamedTuple):
-    """What a filled slot holds beyond its fixed shapes."""
-
-    num_texts: int
-    longest: int
-    num_cut: int
-    """Samples whose text was cut."""
-    skipped: list[tuple[int, str]]
-    """Row, and what was found instead of the sample that stood there."""
-
-
 class Found(NamedTuple):
     """Where a sample is, and what is known of it."""
 
@@ -53,56 +40,48 @@ class Found(NamedTuple):
     number: int
     """Of its point in the shard."""
     place: Place | None
-    facts: tuple[float, float, int, int]
-    """Timestep, sigma, expert, number of its prompt: as in FACTS."""
+    facts: tuple[float, float, int, int, int]
+    """Timestep, sigma, expert, number of its prompt, tokens of that: as in FACTS."""
     name: TextName
-    text: Text
+
+
+class Layout(NamedTuple):
+    """Which text lies where in a slot: a function of the samples that were found."""
+
+    rows_of: dict[TextName, list[int]]
+    """In the order in which the texts lie."""
+    longest: int
+    num_cut: int
+    """Samples whose text was cut."""
 
 
 class Filler:
     """One reader of micro-batches: a thread's, or a process's."""
 
     def __init__(self, shards: ShardSet, options: Options) -> None:
-        self._shelf, self._texts = Shelf(shards, by_segments=bool(options.spans)), Texts(options.text_rows)
+        self.shelf, self.texts = Shelf(shards, by_segments=bool(options.spans)), Texts(options.text_rows)
         self._skips = options.on_corrupt == "skip"
 
-    def fill(self, slot: Slot, progress: Array) -> Filled:
+    def fill(self, slot: Slot, progress: Array, share: Share) -> Piece:
         """`progress[0]` says which row is being worked on, to whoever waits."""
-        found: dict[int, Found] = {}
-        bad: dict[int, Corrupt] = {}
-        request = slot.request.tolist()
-        # First all look-ups, then all reads: a read sweeps the caches, a look-up between two would wait for memory.
-        for row, sample in enumerate(request):
-            progress[0] = row
-            try:
-                found[row] = self._find(*sample)
-            except (Corrupt, OSError) as error:
-                bad[row] = self._pardoned(error, sample[0])
-        for row, sample in list(found.items()):
-            progress[0] = row
-            try:
-                _read_point(slot, row, sample)
-                if slot.plan.spans:
-                    _read_end(slot, row, sample.shard, request[row])
-            except (Corrupt, OSError) as error:
-                bad[row] = self._pardoned(error, request[row][0])
-                del found[row]
-        if not found:
-            raise bad[0]
-        texts, num_cut = _write_columns(slot, found)
-        _replace(slot, bad)
-        longest = slot.write_texts(texts)
-        told = [(row, f"{fault.wrong}; found: {fault.found}") for row, fault in sorted(bad.items())]
-        return Filled(len(texts), longest, num_cut, told)
+        filling, layout = _Filling(self, slot, progress, share), None
+        if share.number == 0:
+            layout = filling.lay_out()
+            filling.write_columns(layout)
+            filling.read_texts(layout)
+        filling.read_points()
+        if layout is None and slot.texts_taken.some_are_left(share.number):
+            layout = filling.lay_out()
+            filling.read_texts(layout)
+        return filling.piece(layout)
 
-    def _find(self, stem: bytes, record: int, point: int) -> Found:
-        shard = self._shelf.shard(stem)
+    def find(self, stem: bytes, record: int, point: int) -> Found:
+        shard = self.shelf.shard(stem)
         number = shard.point(record, point)
         facts = shard.facts.item(number)
-        name = (stem, facts[-1])
-        return Found(shard, number, shard.place(number), facts, name, self._texts.get(name, shard.reader))
+        return Found(shard, number, shard.place(number), facts, (stem, facts[3]))
 
-    def _pardoned(self, error: Corrupt | OSError, stem: bytes) -> Corrupt:
+    def pardoned(self, error: Corrupt | OSError, stem: bytes) -> Corrupt:
         """Damage, where it may be skipped; anything else is raised."""
         if isinstance(error, OSError):
             raise Partial(
@@ -113,6 +92,91 @@ class Filler:
         if not self._skips:
             raise error
         return error
+
+
+class _Filling:
+    """One filler at one slot."""
+
+    def __init__(self, filler: Filler, slot: Slot, progress: Array, share: Share) -> None:
+        self._filler, self._slot, self._progress, self._share = filler, slot, progress, share
+        self._request: list[tuple[bytes, int, int]] = slot.request.tolist()
+        self._found: dict[int, Found] = {}
+        self._unfound: dict[int, Corrupt] = {}
+        self._unread: dict[int, Corrupt] = {}
+
+    def lay_out(self) -> Layout:
+        every = range(len(self._request))
+        self._look_up(every)
+        rows_of: dict[TextName, list[int]] = {}
+        for row in every:
+            if row in self._found:
+                rows_of.setdefault(self._found[row].name, []).append(row)
+        most, lengths = self._filler.texts.max_rows, [sample.facts[4] for sample in self._found.values()]
+        longest = min(most, max(lengths, default=0))
+        return Layout(rows_of, longest, sum(length > most for length in lengths))
+
+    def write_columns(self, layout: Layout) -> None:
+        """Noise levels, and whose text is whose."""
+        slot, rows = self._slot, list(self._found)
+        slot.texts_taken.end_at(len(layout.rows_of))
+        if rows:
+            facts = zip(*(sample.facts for sample in self._found.values()), strict=True)
+            slot.timesteps[rows], slot.sigmas[rows], slot.expert[rows], *_ = facts
+        for number, rows in enumerate(layout.rows_of.values()):
+            slot.inverse[rows] = number
+
+    def read_texts(self, layout: Layout) -> None:
+        area = self._slot.text(len(layout.rows_of), layout.longest)
+        for number, (name, rows) in enumerate(layout.rows_of.items()):
+            if not self._slot.texts_taken.take(number, self._share.number):
+                continue
+            self._progress[0] = rows[0]
+            try:
+                text = self._filler.texts.get(name, self._found[rows[0]].shard.reader)
+            except (Corrupt, OSError) as error:
+                self._unread |= dict.fromkeys(rows, self._filler.pardoned(error, name[0]))
+                continue
+            self._slot.lengths[number] = len(text)
+            area[number, : len(text)] = text
+            area[number, len(text) :] = 0
+
+    def read_points(self) -> None:
+        slot, rows = self._slot, self._share.rows(len(self._request))
+        # First all look-ups, then all reads: a read sweeps the caches, a look-up between two would wait for memory.
+        self._look_up(rows[: len(rows) // self._share.num_fillers])
+        for row in rows:
+            if not slot.points_taken.take(row, self._share.number):
+                continue
+            self._look_up((row,))
+            if row not in self._found:
+                continue
+            self._progress[0] = row
+            try:
+                _read_point(slot, row, self._found[row])
+                if slot.plan.spans:
+                    _read_end(slot, row, self._found[row].shard, self._request[row])
+            except (Corrupt, OSError) as error:
+                self._unread[row] = self._filler.pardoned(error, self._request[row][0])
+
+    def piece(self, layout: Layout | None) -> Piece:
+        if layout is None:
+            return Piece(_told(self._unread | self._unfound))
+        laid_out = len(layout.rows_of), layout.longest, layout.num_cut
+        return Piece(_told(self._unread), _told(self._unfound), *laid_out)
+
+    def _look_up(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            if row in self._found or row in self._unfound:
+                continue
+            self._progress[0] = row
+            try:
+                self._found[row] = self._filler.find(*self._request[row])
+            except (Corrupt, OSError) as error:
+                self._unfound[row] = self._filler.pardoned(error, self._request[row][0])
+
+
+def _told(bad: Mapping[int, Corrupt]) -> list[BadRow]:
+    return [(row, fault.wrong, fault.found, fault.mend) for row, fault in bad.items()]
 
 
 def _read_point(slot: Slot, row: int, sample: Found) -> None:
@@ -134,21 +198,3 @@ def _read_end(slot: Slot, row: int, shard: Shelved, sample: tuple[bytes, int, in
     index = shard.point(record, number)
     slot.read_end(row, shard.read, index)
     slot.ends["end_timesteps"][row], slot.ends["end_sigmas"][row] = shard.facts.item(index)[:2]
-
-
-def _write_columns(slot: Slot, found: Mapping[int, Found]) -> tuple[list[Array], int]:
-    """Noise levels and whose text is whose; the distinct texts, and how many samples have one that was cut."""
-    rows, samples = list(found), found.values()
-    facts = zip(*(sample.facts for sample in samples), strict=True)
-    slot.timesteps[rows], slot.sigmas[rows], slot.expert[rows], _ = facts
-    texts = {sample.name: sample.text for sample in samples}
-    numbers = {name: number for number, name in enumerate(texts)}
-    slot.inverse[rows] = [numbers[sample.name] for sample in samples]
-    return [text.rows for text in texts.values()], sum(sample.text.is_cut for sample in samples)
-
-
-def _replace(slot: Slot, bad: Mapping[int, Corrupt]) -> None:
-    """The next good row takes the place of each bad one."""
-    good = [row for row in range(slot.plan.num_samples) if row not in bad]
-    for row in bad:
-        slot.copy_row(next((later for later in good if later > row), good[0]), row)

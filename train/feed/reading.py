@@ -1,25 +1,26 @@
 """A micro-batch on its way from the set into a slot, and the thread that reads it in this process. No torch.
 
-reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"))     or train/feed/ring.py's Ring: processes
+reader = ThreadReader(shards, Options(text_rows=77, on_corrupt="stop"), deadline_s=300)     or ring.py's Ring: processes
 slot = reader.slot(plan)                              once; used again and again
-slot.request[:] = samples.rows
+slot.ask_for(samples.rows)
 part = Part(batch=17, slot=slot, samples=samples)
 reader.submit(part)                                   returns at once
-filled = reader.wait(part, deadline_s=300)            the slot holds it; what went wrong is raised here
+filled = reader.wait(part)                            the slot holds it; what went wrong is raised here
 """
 
 import mmap
 import queue
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from common.errors import Partial
 from common.shards import ShardSet
-from train.feed.filling import Filled, Filler, Options
+from train.feed.filling import Filler, Options
 from train.feed.order import Samples
+from train.feed.pieces import ALONE, Filled, Piece, finished
 from train.feed.slots import Slot, SlotPlan
 
 NOT_BEGUN = -1
@@ -33,6 +34,8 @@ class Part:
     batch: int
     slot: Slot
     samples: Samples
+    pieces: list[Piece] = field(default_factory=list)
+    """Of those who fill it together, as they come."""
     outcome: Filled | Exception | None = None
     num_deaths: int = 0
     """Of processes that were reading it."""
@@ -55,7 +58,7 @@ class PartReader(Protocol):
 
     def submit(self, part: Part) -> None: ...
 
-    def wait(self, part: Part, *, deadline_s: float) -> Filled: ...
+    def wait(self, part: Part) -> Filled: ...
 
     def close(self) -> None: ...
 
@@ -63,7 +66,8 @@ class PartReader(Protocol):
 class ThreadReader:
     """Fills parts in the order in which they come."""
 
-    def __init__(self, shards: ShardSet, options: Options) -> None:
+    def __init__(self, shards: ShardSet, options: Options, *, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
         self._filler = Filler(shards, options)
         self._progress = np.full(1, NOT_BEGUN, np.int64)
         self._asked: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
@@ -80,11 +84,11 @@ class ThreadReader:
     def submit(self, part: Part) -> None:
         self._asked.put(part)
 
-    def wait(self, part: Part, *, deadline_s: float) -> Filled:
+    def wait(self, part: Part) -> Filled:
         try:
-            answered = self._answered.get(timeout=deadline_s)
+            answered = self._answered.get(timeout=self._deadline_s)
         except queue.Empty:
-            raise late("the reading thread", part, int(self._progress[0]), deadline_s) from None
+            raise late("the reading thread", part, int(self._progress[0]), self._deadline_s) from None
         assert answered is part, "parts are waited for in the order in which they were submitted"
         return part.result()
 
@@ -95,7 +99,7 @@ class ThreadReader:
     def _run(self) -> None:
         while (part := self._asked.get()) is not None and not self._closed:
             try:
-                part.outcome = self._filler.fill(part.slot, self._progress)
+                part.outcome = finished(part.slot, [self._filler.fill(part.slot, self._progress, ALONE)])
             except Exception as error:  # whatever it is, who waits for the part raises it
                 part.outcome = error
             self._answered.put(part)

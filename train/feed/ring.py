@@ -1,36 +1,41 @@
 """A ring of slots in shared memory, filled by processes. A PartReader (train/feed/reading.py); no torch.
 
-    ring = Ring(shards.path, 2, Options(text_rows=77, on_corrupt="stop"), say)
+    ring = Ring(shards.path, 2, Options(text_rows=77, on_corrupt="stop"), say, deadline_s=300)
     slot = ring.slot(plan)                        lies in the shared memory
-    ring.submit(Part(batch=17, slot=slot, samples=samples))     to the worker that has least to do
-    filled = ring.wait(part, deadline_s=300)
+    ring.submit(Part(batch=17, slot=slot, samples=samples))     to all workers, who share it
+    filled = ring.wait(part)
 
-    samples, named in the slot -> a line that says which slot -> a worker reads them into it -> a line of answer
+    samples, named in the slot -> a line to each worker that says which slot -> each reads into it what no other reads
+    already (train/feed/pieces.py) -> a line of answer each
+
+Together at one micro-batch they need as few slots as a single reader, and what is soon written again stays in the
+caches: with a slot for each worker, two of them were no faster than one.
 
 The memory is a file without a name: whoever dies, nothing stays in /dev/shm. A worker that dies closes its channel:
-it is heard at once, replaced, and its parts are read again. A worker whose parent died hears the same and ends.
+that is heard when its answer is due, it is replaced, and the new one reads what the dead one had taken. A worker whose
+parent died hears the same and ends.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 import os
-import select
 import socket
+import struct
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import common.errors
 from common.errors import BadUsage, Fault, Partial
 from common.record import Array
-from train.feed.filling import Filled, Options
+from train.feed.filling import Options
+from train.feed.pieces import Filled, Piece, finished
 from train.feed.reading import NOT_BEGUN, Part, late
 from train.feed.ring_worker import PROGRESS_BYTES, progress_of
 from train.feed.slots import Slot, SlotPlan
@@ -76,7 +81,7 @@ class Hand:
 class Ring:
     """The workers and the memory that they fill."""
 
-    def __init__(self, set_path: Path, num_workers: int, options: Options, say: Say) -> None:
+    def __init__(self, set_path: Path, num_workers: int, options: Options, say: Say, *, deadline_s: float) -> None:
         if not hasattr(os, "memfd_create") or num_workers > MAX_WORKERS:
             raise BadUsage(
                 wrong=f"read_workers: {num_workers} is not possible here",
@@ -86,27 +91,27 @@ class Ring:
         self._set_path, self._options, self._say = set_path, options, say
         self._memory_fd = os.memfd_create("wan-lite ring")
         self._num_bytes = 0
+        self._num_workers, self._deadline_s = num_workers, deadline_s
         self._tasks: dict[int, bytes] = {}
         self._grow(PROGRESS_BYTES)
-        self._poll = select.poll()
+        # The kernel's own: Python's would ask twice, whether there is something and then what.
+        self._timeout = struct.pack("ll", *divmod(int(deadline_s * 1e6), 1_000_000))
         self._hands = {number: self._start(number) for number in range(num_workers)}
 
     def slot(self, plan: SlotPlan) -> Slot:
         offset = self._grow(plan.num_bytes)
-        task = {"offset": offset, "size": plan.size, "num_samples": plan.num_samples}
+        task = {"offset": offset, "size": plan.size, "num_samples": plan.num_samples, "num_workers": self._num_workers}
         self._tasks[offset] = json.dumps(task).encode() + b"\n"
         return Slot(plan, mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset), offset=offset)
 
     def submit(self, part: Part) -> None:
-        self._give(min(self._hands.values(), key=lambda hand: len(hand.parts)), part)
+        for hand in self._hands.values():
+            self._give(hand, part)
 
-    def wait(self, part: Part, *, deadline_s: float) -> Filled:
-        until = time.monotonic() + deadline_s
-        while part.outcome is None:
-            left = until - time.monotonic()
-            if left <= 0 or not self._hear(left):
-                hand = next(hand for hand in self._hands.values() if part in hand.parts)
-                raise late(str(hand), hand.parts[0], int(hand.progress[0]), deadline_s)
+    def wait(self, part: Part) -> Filled:
+        for number in range(self._num_workers):
+            while part.outcome is None and part in self._hands[number].parts:
+                self._hear(self._hands[number])
         return part.result()
 
     def close(self) -> None:
@@ -137,7 +142,7 @@ class Ring:
             stdin=subprocess.DEVNULL,
         )
         there.close()
-        self._poll.register(here, select.POLLIN)
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._timeout)
         return Hand(number=number, process=process, channel=here, progress=progress)
 
     def _give(self, hand: Hand, part: Part) -> None:
@@ -145,24 +150,30 @@ class Ring:
         with contextlib.suppress(OSError):  # it is dead: heard when its channel is read
             hand.channel.sendall(self._tasks[part.slot.offset])
 
-    def _hear(self, timeout_s: float) -> bool:
-        """What the workers have to say; False when none had."""
-        ready = {fd for fd, _ in self._poll.poll(timeout_s * 1000)}
-        for hand in [hand for hand in self._hands.values() if hand.channel.fileno() in ready]:
-            try:
-                said = hand.channel.recv(ANSWER_BYTES)
-            except ConnectionError:
-                said = b""
-            if not said:
-                self._replace(hand)
-            *answers, hand.rest = (hand.rest + said).split(b"\n")
-            for answer in answers:
-                hand.parts.popleft().outcome = _outcome(json.loads(answer))
-        return bool(ready)
+    def _hear(self, hand: Hand) -> None:
+        """What one worker has to say."""
+        try:
+            said = hand.channel.recv(ANSWER_BYTES)
+        except BlockingIOError:
+            raise late(str(hand), hand.parts[0], int(hand.progress[0]), self._deadline_s) from None
+        except ConnectionError:
+            said = b""
+        if not said:
+            self._replace(hand)
+        *answers, hand.rest = (hand.rest + said).split(b"\n")
+        for answer in answers:
+            self._take(hand.parts.popleft(), answer)
+
+    def _take(self, part: Part, answer: bytes) -> None:
+        try:
+            part.pieces.append(_piece(answer))
+            if len(part.pieces) == self._num_workers:
+                part.outcome = finished(part.slot, part.pieces)
+        except Fault as fault:
+            part.outcome = fault
 
     def _replace(self, dead: Hand) -> None:
         """What it had not answered is read again, by a new one."""
-        self._poll.unregister(dead.channel)
         code = dead.end()
         doing = dead.parts[0].at(int(dead.progress[0])) if dead.parts else "waiting"
         self._say(f"{dead} died and is replaced", exit=code, was=doing)
@@ -183,8 +194,11 @@ class Ring:
             )
 
 
-def _outcome(answer: Any) -> Filled | Fault:
-    if isinstance(answer, list):
-        return Filled(*answer)
-    fault: type[Fault] = getattr(common.errors, answer["fault"])
-    return fault(wrong=answer["wrong"], found=answer["found"], mend=answer["mend"])
+@functools.lru_cache(maxsize=256)
+def _piece(answer: bytes) -> Piece:
+    """Nearly all answers are alike."""
+    said = json.loads(answer)
+    if isinstance(said, list):
+        return Piece(*said)
+    fault: type[Fault] = getattr(common.errors, said["fault"])
+    raise fault(wrong=said["wrong"], found=said["found"], mend=said["mend"])

@@ -22,7 +22,7 @@ MAX_OPEN_SHARDS, MAX_WHOLE_SHARDS = 256, 4
 """Whole: what the format's library reads is held in memory, all of it."""
 MAX_TEXT_BYTES = 64 << 20
 """Of texts that are kept for the next micro-batch that needs them."""
-FACTS = np.dtype([("timestep", "<f4"), ("sigma", "<f4"), ("expert", "<i4"), ("prompt", "<i4")])
+FACTS = np.dtype([("timestep", "<f4"), ("sigma", "<f4"), ("expert", "<i4"), ("prompt", "<i4"), ("length", "<i4")])
 """What a shard's header says of a point. Side by side: reads sweep the caches, so each look-up waits for memory."""
 TextName = tuple[bytes, int]
 """Stem of the shard, number of the prompt in it."""
@@ -81,6 +81,7 @@ class Shelf:
         facts = np.empty(header.timesteps.shape, FACTS)
         facts["timestep"], facts["sigma"], facts["expert"] = header.timesteps, header.sigmas, header.expert
         facts["prompt"] = np.array(header.prompt_of)[:, None]
+        facts["length"] = np.array(header.text_lengths)[facts["prompt"]]
         contract = self._shards.contract
         pinned = [pinned_points(contract, key) for key in header.keys] if self._by_segments else []
         points = reader.tables.points if isinstance(reader, OffsetReader) else None
@@ -98,28 +99,23 @@ class Shelf:
         )
 
 
-class Text(NamedTuple):
-    rows: Array  # [L, D]
-    is_cut: bool
-
-
 class Texts:
     """Texts that were read lately, cut to what the student takes."""
 
     def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
-        self._kept: dict[TextName, Text] = {}
+        self.max_rows = max_rows
+        self._kept: dict[TextName, Array] = {}
         self._num_bytes = 0
 
-    def get(self, name: TextName, reader: ShardReader) -> Text:
-        return self._kept.get(name) or self._read(name, reader)
+    def get(self, name: TextName, reader: ShardReader) -> Array:  # [L, D]
+        text = self._kept.get(name)
+        return self._read(name, reader) if text is None else text
 
-    def _read(self, name: TextName, reader: ShardReader) -> Text:
-        rows = reader.read_text(name[1])
-        text = self._kept[name] = Text(rows[: self._max_rows].copy(), len(rows) > self._max_rows)
-        self._num_bytes += text.rows.nbytes
+    def _read(self, name: TextName, reader: ShardReader) -> Array:
+        text = self._kept[name] = reader.read_text(name[1])[: self.max_rows].copy()
+        self._num_bytes += text.nbytes
         while self._num_bytes > MAX_TEXT_BYTES and len(self._kept) > 1:
-            self._num_bytes -= self._kept.pop(next(iter(self._kept))).rows.nbytes
+            self._num_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
         return text
 
 

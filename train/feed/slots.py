@@ -7,7 +7,7 @@ A text belongs to many samples: a slot holds its distinct texts once, and `inver
 train/feed/filling.py fills it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
 
@@ -72,10 +72,38 @@ class SlotPlan:
         text = (self.contract.storage_dtype, (n * self.text_rows * self.contract.text_dim,))
         return {
             "request": (ROW, (n,)),
+            "points_taken": (Taken.DTYPE, (n,)),
+            "texts_taken": (Taken.DTYPE, (n,)),
             **{name: (np.dtype(dtype), (n,)) for name, dtype in scalars.items()},
             **points,
             "text": text,
         }
+
+
+class Taken:
+    """What somebody reads already. No lock: two who ask at once may both be told that it is theirs, and then write the
+    same bytes."""
+
+    DTYPE = np.dtype("u2")
+
+    def __init__(self, by_whom: Array) -> None:
+        self._array, self._by_whom = by_whom, by_whom.data
+
+    def clear(self) -> None:
+        self._array[:] = 0
+
+    def take(self, number: int, reader: int) -> bool:
+        before = self._by_whom[number]
+        if not before:
+            self._by_whom[number] = reader + 1
+        return before in (0, reader + 1)  # its own already: taken by the dead one whose place it takes
+
+    def end_at(self, count: int) -> None:
+        """There are no more."""
+        self._array[count:] = np.iinfo(self.DTYPE).max
+
+    def some_are_left(self, reader: int) -> bool:
+        return bool(np.isin(self._array, (0, reader + 1)).any())
 
 
 class Slot:
@@ -88,6 +116,7 @@ class Slot:
         for name, (dtype, shape) in plan.areas().items():
             arrays[name] = np.frombuffer(buffer, dtype, int(np.prod(shape)), begin).reshape(shape)
             begin += _aligned(dtype, shape)
+        self.points_taken, self.texts_taken = Taken(arrays["points_taken"]), Taken(arrays["texts_taken"])
         self.request, self.timesteps, self.sigmas = arrays["request"], arrays["timesteps"], arrays["sigmas"]
         self.expert, self.inverse, self.lengths = arrays["expert"], arrays["inverse"], arrays["lengths"]
         self.ends = {name: arrays[name] for name in END_FIELDS if name in arrays}
@@ -105,6 +134,11 @@ class Slot:
             self.fields = {name: arrays[name] for name in names}
         self._fields = tuple(self.fields.values())
 
+    def ask_for(self, rows: Array) -> None:  # [B] ROW
+        self.request[:] = rows
+        self.points_taken.clear()
+        self.texts_taken.clear()
+
     def read_point(self, row: int, read: Callable[[int, memoryview], None], index: int) -> None:
         if self._is_plain:
             read(index, self._rows[row])
@@ -118,17 +152,6 @@ class Slot:
         stored = np.empty((1, *self._encoding.point_shape), self._encoding.dtype)
         read(index, stored.data.cast("B"))
         self.ends["end"][row] = self._encoding.unpack(stored)[0][0]
-
-    def write_texts(self, texts: Sequence[Array]) -> int:
-        """Side by side, each padded with zeros to the longest, whose length is returned."""
-        lengths = [len(text) for text in texts]
-        longest = max(lengths)
-        for padded, text, length in zip(self.text(len(texts), longest), texts, lengths, strict=True):
-            padded[:length] = text
-            if length < longest:
-                padded[length:] = 0
-        self.lengths[: len(texts)] = lengths
-        return longest
 
     def text(self, num_texts: int, longest: int) -> Array:
         """[U, L, D]"""

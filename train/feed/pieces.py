@@ -1,0 +1,78 @@
+"""A slot that several fillers fill together: who does what, and how what each has to say becomes one. No torch.
+
+    filled = finished(slot, [filler.fill(slot, progress, Share(number, 3)) for number in range(3)])
+
+They share no lock. Each takes texts and points that nobody has taken yet (Claims in train/feed/slots.py), so who is
+held up leaves more to the others; two that take the same thing at once write the same bytes.
+
+`on_corrupt: skip` puts the next good sample of the same micro-batch (the first, after the last) in the place of a
+damaged one: the shape stays, nothing is weighted apart, and the result is a function of the micro-batch alone. A
+micro-batch without one good sample stops all the same.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from common.errors import Corrupt
+from train.feed.slots import Slot
+
+BadRow = tuple[int, str, str, str]
+"""Its number, and the three parts of the fault."""
+
+
+class Share(NamedTuple):
+    """Which of a slot's fillers it is. The first writes the noise levels and begins with the texts."""
+
+    number: int
+    num_fillers: int
+
+    def rows(self, num_samples: int) -> list[int]:
+        """All of them, in the order in which this filler looks for points to read."""
+        begin = self.number * num_samples // self.num_fillers
+        return [*range(begin, num_samples), *range(begin)]
+
+
+ALONE = Share(0, 1)
+
+
+class Piece(NamedTuple):
+    """What one filler has to say of a slot. Plain values: it travels as JSON."""
+
+    unread: list[BadRow]
+    unfound: list[BadRow] | None = None
+    """None: it had no need to look for every row. Where the texts lie depends on it."""
+    num_texts: int = 0
+    longest: int = 0
+    num_cut: int = 0
+
+
+class Filled(NamedTuple):
+    """What a filled slot holds beyond its fixed shapes."""
+
+    num_texts: int
+    longest: int
+    num_cut: int
+    """Samples whose text was cut."""
+    skipped: list[tuple[int, str]]
+    """Row, and what was found instead of the sample that stood there."""
+
+
+def finished(slot: Slot, pieces: Sequence[Piece]) -> Filled:
+    """The next good row takes the place of each bad one."""
+    first, *others = [piece for piece in pieces if piece.unfound is not None]
+    told = []
+    if any(piece.unread or piece.unfound for piece in pieces):
+        bad = {row: parts for piece in pieces for row, *parts in [*(piece.unfound or []), *piece.unread]}
+        good = [row for row in range(slot.plan.num_samples) if row not in bad]
+        unequal = [piece for piece in others if _rows(piece) != _rows(first)]
+        if unequal or not good:  # unequal: a shard went bad between two looks, and they laid out the texts differently
+            wrong, found, mend = bad[min(bad)]
+            raise Corrupt(wrong=wrong, found=found, mend=mend)
+        for row in bad:
+            slot.copy_row(next((later for later in good if later > row), good[0]), row)
+        told = [(row, f"{wrong}; found: {found}") for row, (wrong, found, _) in sorted(bad.items())]
+    return Filled(first.num_texts, first.longest, first.num_cut, told)
+
+
+def _rows(piece: Piece) -> list[int]:
+    return sorted(row for row, *_ in piece.unfound or [])
