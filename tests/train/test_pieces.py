@@ -1,6 +1,11 @@
 """Whoever fills a slot, in whatever order and however often, it holds the same bytes."""
 
 import itertools
+import mmap
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +15,12 @@ import pytest
 from common.errors import Corrupt
 from common.record import Array
 from common.shards import ShardSet
+from tests.made import ROOT
 from tests.train.test_data import copied, feed, flip_a_bit, made_set, saying, steps_of
 from train.feed.filling import Filler, Options
 from train.feed.order import Order
 from train.feed.pieces import ALONE, Filled, Piece, Share, finished
-from train.feed.slots import Slot, SlotPlan
+from train.feed.slots import Slot, SlotPlan, Taken
 
 BATCH = 7
 OPTIONS = Options(text_rows=64, on_corrupt="skip")
@@ -121,3 +127,32 @@ def test_a_point_that_many_read_around_is_replaced_by_the_same_one(shards: Shard
     flip_a_bit(shards, 2)
     expected = list(steps_of(shards, 10, on_corrupt="skip", micro_batch=2))
     assert list(steps_of(shards, 10, on_corrupt="skip", micro_batch=2, read_workers=workers)) == expected
+
+
+OTHERS = """
+import mmap, sys
+import numpy as np
+from train.feed.slots import Taken
+taken = Taken(np.frombuffer(mmap.mmap(int(sys.argv[1]), 64), Taken.DTYPE, 32))
+print(flush=True)
+while True:
+    taken.end_at(1)
+    taken.clear()
+"""
+
+
+def test_asking_what_is_left_stands_others_who_take_meanwhile() -> None:
+    """Another process's stores land between any two of this one's instructions."""
+    fd = os.memfd_create("taken")
+    os.ftruncate(fd, 64)
+    taken = Taken(np.frombuffer(mmap.mmap(fd, 64), Taken.DTYPE, 32))
+    words = [sys.executable, "-c", OTHERS, str(fd)]
+    with subprocess.Popen(words, cwd=ROOT, pass_fds=(fd,), stdout=subprocess.PIPE) as others:
+        assert others.stdout is not None and others.stdout.readline()
+        until = time.monotonic() + 0.3
+        try:
+            while time.monotonic() < until:
+                assert taken.some_are_left(0), "the first one is never taken"
+        finally:
+            others.kill()
+            os.close(fd)

@@ -17,7 +17,7 @@ from common.errors import Corrupt, Partial
 from common.record import Array
 from common.shards import ShardSet
 from train.feed.pieces import BadRow, Piece, Share
-from train.feed.shelf import Place, Shelf, Shelved, TextName, Texts, item_of
+from train.feed.shelf import Facts, Place, Shelf, Shelved, TextName, Texts, item_of
 from train.feed.slots import FINAL, Slot, Spans
 
 
@@ -40,16 +40,19 @@ class Found(NamedTuple):
     number: int
     """Of its point in the shard."""
     place: Place | None
-    facts: tuple[float, float, int, int, int]
-    """Timestep, sigma, expert, number of its prompt, tokens of that: as in FACTS."""
+    facts: Facts
+    """Timestep, sigma, expert, number of its prompt, tokens of that."""
     name: TextName
 
 
 class Layout(NamedTuple):
     """Which text lies where in a slot: a function of the samples that were found."""
 
-    rows_of: dict[TextName, list[int]]
-    """In the order in which the texts lie."""
+    rows: list[int]
+    inverse: list[int]
+    """Whose text is whose, by those rows."""
+    texts: list[Found]
+    """Of each text its first sample."""
     longest: int
     num_cut: int
     """Samples whose text was cut."""
@@ -78,7 +81,7 @@ class Filler:
     def find(self, stem: bytes, record: int, point: int) -> Found:
         shard = self.shelf.shard(stem)
         number = shard.point(record, point)
-        facts = shard.facts.item(number)
+        facts = shard.known(number)
         return Found(shard, number, shard.place(number), facts, (stem, facts[3]))
 
     def pardoned(self, error: Corrupt | OSError, stem: bytes) -> Corrupt:
@@ -107,72 +110,79 @@ class _Filling:
     def lay_out(self) -> Layout:
         every = range(len(self._request))
         self._look_up(every)
-        rows_of: dict[TextName, list[int]] = {}
-        for row in every:
-            if row in self._found:
-                rows_of.setdefault(self._found[row].name, []).append(row)
-        most, lengths = self._filler.texts.max_rows, [sample.facts[4] for sample in self._found.values()]
-        longest = min(most, max(lengths, default=0))
-        return Layout(rows_of, longest, sum(length > most for length in lengths))
+        samples = [(row, self._found[row]) for row in every if row in self._found]
+        numbers: dict[TextName, int] = {}
+        inverse = [numbers.setdefault(sample.name, len(numbers)) for _, sample in samples]
+        texts = {sample.name: sample for _, sample in reversed(samples)}
+        most, lengths = self._filler.texts.max_rows, [sample.facts[4] for _, sample in samples]
+        return Layout(
+            rows=[row for row, _ in samples],
+            inverse=inverse,
+            texts=[texts[name] for name in numbers],
+            longest=min(most, max(lengths, default=0)),
+            num_cut=sum(length > most for length in lengths),
+        )
 
     def write_columns(self, layout: Layout) -> None:
         """Noise levels, and whose text is whose."""
-        slot, rows = self._slot, list(self._found)
-        slot.texts_taken.end_at(len(layout.rows_of))
+        slot, rows = self._slot, layout.rows
+        slot.texts_taken.end_at(len(layout.texts))
         if rows:
-            facts = zip(*(sample.facts for sample in self._found.values()), strict=True)
+            slot.inverse[rows] = layout.inverse
+            facts = zip(*(self._found[row].facts for row in rows), strict=True)
             slot.timesteps[rows], slot.sigmas[rows], slot.expert[rows], *_ = facts
-        for number, rows in enumerate(layout.rows_of.values()):
-            slot.inverse[rows] = number
 
     def read_texts(self, layout: Layout) -> None:
-        area = self._slot.text(len(layout.rows_of), layout.longest)
-        for number, (name, rows) in enumerate(layout.rows_of.items()):
-            if not self._slot.texts_taken.take(number, self._share.number):
+        slot, area = self._slot, self._slot.text(len(layout.texts), layout.longest)
+        for number, sample in enumerate(layout.texts):
+            if not slot.texts_taken.take(number, self._share.number):
                 continue
-            self._progress[0] = rows[0]
+            self._progress[0] = layout.rows[layout.inverse.index(number)]
             try:
-                text = self._filler.texts.get(name, self._found[rows[0]].shard.reader)
+                text = self._filler.texts.get(sample.name, sample.shard.reader)
             except (Corrupt, OSError) as error:
-                self._unread |= dict.fromkeys(rows, self._filler.pardoned(error, name[0]))
+                rows = [row for row, whose in zip(layout.rows, layout.inverse, strict=True) if whose == number]
+                self._unread |= dict.fromkeys(rows, self._filler.pardoned(error, sample.name[0]))
                 continue
-            self._slot.lengths[number] = len(text)
+            slot.lengths[number] = len(text)
             area[number, : len(text)] = text
-            area[number, len(text) :] = 0
+            if len(text) < layout.longest:
+                area[number, len(text) :] = 0
 
     def read_points(self) -> None:
-        slot, rows = self._slot, self._share.rows(len(self._request))
+        slot, found, rows = self._slot, self._found, self._share.rows(len(self._request))
         # First all look-ups, then all reads: a read sweeps the caches, a look-up between two would wait for memory.
         self._look_up(rows[: len(rows) // self._share.num_fillers])
         for row in rows:
             if not slot.points_taken.take(row, self._share.number):
                 continue
-            self._look_up((row,))
-            if row not in self._found:
+            if row not in found:
+                self._look_up((row,))
+            if row in self._unfound:
                 continue
             self._progress[0] = row
             try:
-                _read_point(slot, row, self._found[row])
+                _read_point(slot, row, found[row])
                 if slot.plan.spans:
-                    _read_end(slot, row, self._found[row].shard, self._request[row])
+                    _read_end(slot, row, found[row].shard, self._request[row])
             except (Corrupt, OSError) as error:
                 self._unread[row] = self._filler.pardoned(error, self._request[row][0])
 
     def piece(self, layout: Layout | None) -> Piece:
         if layout is None:
             return Piece(_told(self._unread | self._unfound))
-        laid_out = len(layout.rows_of), layout.longest, layout.num_cut
+        laid_out = len(layout.texts), layout.longest, layout.num_cut
         return Piece(_told(self._unread), _told(self._unfound), *laid_out)
 
     def _look_up(self, rows: Iterable[int]) -> None:
+        found, unfound, request, find = self._found, self._unfound, self._request, self._filler.find
         for row in rows:
-            if row in self._found or row in self._unfound:
-                continue
-            self._progress[0] = row
-            try:
-                self._found[row] = self._filler.find(*self._request[row])
-            except (Corrupt, OSError) as error:
-                self._unfound[row] = self._filler.pardoned(error, self._request[row][0])
+            if row not in found and row not in unfound:
+                self._progress[0] = row
+                try:
+                    found[row] = find(*request[row])
+                except (Corrupt, OSError) as error:
+                    unfound[row] = self._filler.pardoned(error, request[row][0])
 
 
 def _told(bad: Mapping[int, Corrupt]) -> list[BadRow]:
@@ -197,4 +207,4 @@ def _read_end(slot: Slot, row: int, shard: Shelved, sample: tuple[bytes, int, in
         return
     index = shard.point(record, number)
     slot.read_end(row, shard.read, index)
-    slot.ends["end_timesteps"][row], slot.ends["end_sigmas"][row] = shard.facts.item(index)[:2]
+    slot.ends["end_timesteps"][row], slot.ends["end_sigmas"][row] = shard.known(index)[:2]

@@ -2,10 +2,11 @@
 
 shard = Shelf(shards, by_segments=False).shard(b"<stem>")          opened once, held while it is among the last
 number = shard.point(record, point)
-shard.facts[number], shard.place(number)                           its noise level, where it lies
+shard.known(number), shard.place(number)                           its noise level, where it lies
 text = Texts(max_rows=77).get((b"<stem>", prompt), shard.reader)
 """
 
+import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ MAX_TEXT_BYTES = 64 << 20
 """Of texts that are kept for the next micro-batch that needs them."""
 FACTS = np.dtype([("timestep", "<f4"), ("sigma", "<f4"), ("expert", "<i4"), ("prompt", "<i4"), ("length", "<i4")])
 """What a shard's header says of a point. Side by side: reads sweep the caches, so each look-up waits for memory."""
+_UNPACK = struct.Struct("<ffiii").unpack_from  # of FACTS: a quarter of the time that an array takes for its record
+Facts = tuple[float, float, int, int, int]
 TextName = tuple[bytes, int]
 """Stem of the shard, number of the prompt in it."""
 Place = tuple[int, int]
@@ -39,12 +42,16 @@ class Shelved(NamedTuple):
     """Of a point that was checked before."""
     read: Callable[[int, memoryview], None]
     """The stored bytes of a point into a buffer."""
-    facts: Array  # [R * K] FACTS
+    facts: bytes
+    """[R * K] FACTS"""
     pinned: list[Array] | None
     """Per record, the points that a segment's begins and ends are numbers of; None: all of them, in order."""
 
     def point(self, record: int, number: int) -> int:
         return record * self.num_points + (number if self.pinned is None else int(self.pinned[record][number]))
+
+    def known(self, number: int) -> Facts:
+        return _UNPACK(self.facts, number * FACTS.itemsize)
 
 
 class Shelf:
@@ -94,7 +101,7 @@ class Shelf:
             num_points=num_points,
             place=(lambda number: None) if points is None else points.place,
             read=read if points is None else points.read,
-            facts=facts.ravel(),
+            facts=facts.tobytes(),
             pinned=[kept for kept in pinned if kept is not None] or None,
         )
 

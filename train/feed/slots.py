@@ -103,7 +103,8 @@ class Taken:
         self._array[count:] = np.iinfo(self.DTYPE).max
 
     def some_are_left(self, reader: int) -> bool:
-        return bool(np.isin(self._array, (0, reader + 1)).any())
+        by_whom = self._array.tolist()  # as it is now: others go on taking
+        return 0 in by_whom or reader + 1 in by_whom
 
 
 class Slot:
