@@ -13,7 +13,7 @@ from tests.bench.costs import allocated_per_step, open_many
 from tests.bench.loaders import Litdata, Mds, MdsByNumber, Webdataset
 from tests.bench.peers import Lmdb, Safetensors, Tensorstore, ZarrPython
 from tests.bench.rounds import BATCH, Reader, Rounds, measure, middle, table, times
-from tests.bench.store import BareReader, FeedReader, OurReader, RawReader
+from tests.bench.store import BareReader, BareRingReader, FeedReader, OurReader, RawReader
 
 POINT_SHAPE = (3, 16, 64, 64)
 """latents, cond, uncond of a 512 x 512 picture."""
@@ -57,7 +57,8 @@ def make_readers(folder: Path) -> tuple[list[Reader], list[str]]:
     """Those that can be made here, and the names of those that cannot."""
     zarr, tar = OurReader(folder / "zarr", "zarr"), OurReader(folder / "tar", "tar")
     readers: list[Reader] = [RawReader(folder / "raw"), zarr, BareReader(zarr), tar, BareReader(tar)]
-    readers += [FeedReader(container, workers) for container in (zarr, tar) for workers in (0, 2)]
+    for container in (zarr, tar):
+        readers += [FeedReader(container, 0), FeedReader(container, 2), BareRingReader(container)]
     absent = []
     for number, peer in enumerate((*WITH_A_FOLDER, *ON_OUR_ZARR)):
         peer_dir = folder / f"peer-{number}"

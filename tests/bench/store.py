@@ -3,6 +3,7 @@
 RawReader       one flat file, preadv into reused buffers: no reader of the same bytes can be faster
 OurReader       a ShardSet in one container, by offset through its extents into reused buffers
 BareReader      the same reads without our code
+BareRingReader  the same by two processes at once
 FeedReader      what a training loop is given: its own order, texts and noise levels too; in process or by a ring
 """
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from common.record import Contract, Record
 from common.shard_reader import OffsetReader, ShardReader
 from common.shards import ShardSet
+from tests.bench.bare_ring import BareRing
 from tests.bench.rounds import BATCH, Batch, Order
 from tests.made import NUMERICS, made_contract, made_record
 
@@ -118,6 +120,13 @@ class OurReader:
         by_item = shards.manifest().by_item
         return [shards.shards_dir / f"{by_item[item].stem}.{self._container}" for item in self._items]
 
+    def offsets(self) -> Iterator[tuple[Path, list[int]]]:
+        """Of all points, by file, in the order in which they were written."""
+        for shard in range(self.num_shards):
+            reader = self.reader(shard)
+            assert isinstance(reader, OffsetReader)
+            yield reader.tables.points.path, reader.tables.points.offsets.tolist()
+
     def numbers(self) -> dict[tuple[str, int, int], int]:
         """Which point a sample (item, record, point) is."""
         every = itertools.product(range(self.num_shards), range(RECORDS_PER_SHARD), range(KEEP))
@@ -144,12 +153,9 @@ class BareReader:
     def open(self) -> None:
         self._ours.open()
         self._buffer, self._fds, self._places = Buffer(self._ours.shape), [], []
-        for shard in range(self._ours.num_shards):
-            reader = self._ours.reader(shard)
-            assert isinstance(reader, OffsetReader)
-            points = reader.tables.points
-            self._fds.append(os.open(points.path, os.O_RDONLY))
-            self._places += [(self._fds[-1], offset) for offset in points.offsets.tolist()]
+        for path, offsets in self._ours.offsets():
+            self._fds.append(os.open(path, os.O_RDONLY))
+            self._places += [(self._fds[-1], offset) for offset in offsets]
 
     def epoch(self, order: Order) -> Iterator[Batch]:
         places, preadv, slots = self._places, os.preadv, [[slot] for slot in self._buffer.slots]
@@ -162,6 +168,29 @@ class BareReader:
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
+        self._ours.close()
+
+
+class BareRingReader:
+    """Two processes at once, with nothing of ours: the limit of the ring, on this machine."""
+
+    def __init__(self, ours: OurReader) -> None:
+        self.name, self._ours = f"bare ring of 2: {ours.name}", ours
+
+    def write(self, points: NDArray[Any]) -> None:
+        """They stand there already."""
+
+    def open(self) -> None:
+        self._ours.open()
+        places = [(str(path), offset) for path, offsets in self._ours.offsets() for offset in offsets]
+        self._ring = BareRing(places, 2 * int(np.prod(self._ours.shape)), BATCH)
+
+    def epoch(self, order: Order) -> Iterator[Batch]:
+        for numbers, points in self._ring.epoch(order):
+            yield numbers, torch.from_numpy(points.view(np.float16).reshape(BATCH, *self._ours.shape))
+
+    def close(self) -> None:
+        self._ring.close()
         self._ours.close()
 
 
