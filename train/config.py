@@ -147,7 +147,7 @@ class TrainConfig(Section):
     """Processes that read ahead, per training process; 0: a thread of its own."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """skip: a good sample of the same micro-batch takes the place of a damaged one; counted and said."""
-    deadline_s: float = Field(default=300.0, gt=0)
+    deadline_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     """A stage that does not move for so long is reported with every thread's stack."""
 
     def by_muon(self, name: str, shape: Sequence[int]) -> bool:

@@ -20,7 +20,7 @@ from tests.train.test_data import copied, feed, flip_a_bit, made_set, saying, st
 from train.feed.filling import Filler, Options
 from train.feed.order import Order
 from train.feed.pieces import ALONE, Filled, Piece, Share, finished
-from train.feed.slots import Slot, SlotPlan, Taken
+from train.feed.slots import Marks, Slot, SlotPlan
 
 BATCH = 7
 OPTIONS = Options(text_rows=64, on_corrupt="skip")
@@ -73,7 +73,7 @@ def test_each_text_and_point_is_read_once(shards: ShardSet, monkeypatch: pytest.
     monkeypatch.setattr("train.feed.filling._read_point", lambda slot, row, sample: read.append(row))
     pieces = [Filler(shards, OPTIONS).fill(slot, progress(), Share(reader, 3)) for reader in (1, 0, 2)]
     assert sorted(read) == list(range(BATCH))
-    assert [piece.unfound is None for piece in pieces] == [False, False, True], "no text was left for the last one"
+    assert [piece.unfound is None for piece in pieces] == [False, True, True], "the first left no text"
 
 
 def test_who_takes_the_place_of_a_dead_one_reads_what_that_one_had_taken(shards: ShardSet) -> None:
@@ -97,7 +97,7 @@ def test_what_one_has_taken_no_other_gets(shards: ShardSet) -> None:
 def test_fillers_that_found_different_rows_are_not_believed(shards: ShardSet) -> None:
     """Each of them laid out the texts, and not in the same way."""
     gone = (2, "item x is damaged", "crc32c 1, not 2", "verify the set")
-    whole, other = Piece([], [], 3, 8), Piece([], [gone], 2, 8)
+    whole, other = Piece([], [], 3, 8), Piece([gone], [2], 2, 8)
     with pytest.raises(Corrupt, match="item x is damaged"):
         finished(asked(shards), [whole, other])
     assert finished(asked(shards), [other, Piece([gone])]).skipped == [(2, "item x is damaged; found: crc32c 1, not 2")]
@@ -122,6 +122,31 @@ def test_a_damaged_text_costs_its_samples_whoever_reads_it(shards: ShardSet) -> 
         assert len(said) == len(bad) and all("text row" in line for line in said)
 
 
+@pytest.mark.parametrize("container", ["zarr", "tar"])
+def test_a_shard_whose_header_is_damaged_costs_its_samples_whoever_looks(tmp_path: Path, container: str) -> None:
+    shards = made_set(tmp_path / "set", container=container)
+    receipt = shards.manifest().receipts[1]
+    paths = receipt.paths(shards.shards_dir)
+    path = next(path for name, path in paths.items() if name.endswith(("/zarr.json", ".idx")))
+    path.write_bytes(path.read_bytes().replace(b"a", b"b"))
+    how = {"micro_batch": 6, "on_corrupt": "skip"}
+    expected = list(steps_of(shards, 12, **how))
+    for workers in (1, 3):
+        assert list(steps_of(shards, 12, read_workers=workers, **how)) == expected
+
+
+def test_a_damaged_text_leaves_nothing_of_what_stood_there(shards: ShardSet) -> None:
+    slot = asked(shards)
+    told = filled(slot, shards, [ALONE])
+    before = slot.lengths[: told.num_texts].copy()
+    damaged = asked(shards)
+    filler = Filler(shards, OPTIONS)
+    filler.texts.get = lambda name, reader: (_ for _ in ()).throw(Corrupt(wrong="w", found="f", mend="m"))  # type: ignore[method-assign]
+    piece = filler.fill(damaged, progress(), ALONE)
+    assert {row for row, *_ in piece.bad} == set(range(BATCH)) and (before > 0).all()
+    assert not damaged.lengths[: piece.num_texts].any() and not damaged.text(piece.num_texts, piece.longest).any()
+
+
 @pytest.mark.parametrize("workers", [2, 5])
 def test_a_point_that_many_read_around_is_replaced_by_the_same_one(shards: ShardSet, workers: int) -> None:
     flip_a_bit(shards, 2)
@@ -132,8 +157,8 @@ def test_a_point_that_many_read_around_is_replaced_by_the_same_one(shards: Shard
 OTHERS = """
 import mmap, sys
 import numpy as np
-from train.feed.slots import Taken
-taken = Taken(np.frombuffer(mmap.mmap(int(sys.argv[1]), 64), Taken.DTYPE, 32))
+from train.feed.slots import Marks
+taken = Marks(np.frombuffer(mmap.mmap(int(sys.argv[1]), 64), Marks.DTYPE, 32))
 print(flush=True)
 while True:
     taken.end_at(1)
@@ -145,7 +170,7 @@ def test_asking_what_is_left_stands_others_who_take_meanwhile() -> None:
     """Another process's stores land between any two of this one's instructions."""
     fd = os.memfd_create("taken")
     os.ftruncate(fd, 64)
-    taken = Taken(np.frombuffer(mmap.mmap(fd, 64), Taken.DTYPE, 32))
+    taken = Marks(np.frombuffer(mmap.mmap(fd, 64), Marks.DTYPE, 32))
     words = [sys.executable, "-c", OTHERS, str(fd)]
     with subprocess.Popen(words, cwd=ROOT, pass_fds=(fd,), stdout=subprocess.PIPE) as others:
         assert others.stdout is not None and others.stdout.readline()

@@ -1,9 +1,11 @@
 """Whoever dies, stalls or is stopped: the sequence of steps is the same, and nothing is left behind."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from common.errors import BadUsage, Partial
 from common.shards import ShardSet
 from tests.made import ROOT
 from tests.train.test_data import copied, feed, made_set, saying, steps_of
+from train.feed import ring
 from train.feed.ring import Ring
 
 PARENT = """
@@ -72,6 +75,51 @@ def test_killed_workers_are_named_replaced_and_change_nothing(shards: ShardSet, 
     for pid in killed:
         assert sum(f"(pid {pid}) died and is replaced exit=-9" in line for line in said) == 1
     assert gone([*killed, *last])
+
+
+def test_workers_killed_while_they_read_change_nothing(shards: ShardSet) -> None:
+    expected = list(steps_of(shards, 40, micro_batch=6))
+    rng = random.Random(0)
+    said: list[str] = []
+    with feed(shards, read_workers=2, micro_batch=6, say=saying(said)) as source:
+        for number, step in zip(range(40), source, strict=False):
+            assert copied(step) == expected[number]
+            if number % 4 == 0:
+                kill = [os.kill, rng.choice(pids(source)), signal.SIGKILL]
+                threading.Timer(rng.uniform(0, 0.002), *kill[:1], kill[1:]).start()
+    assert sum("died and is replaced" in line for line in said) >= 8
+
+
+def test_workers_that_are_all_killed_once_are_all_replaced(shards: ShardSet) -> None:
+    """Three deaths at one part, and nobody's third."""
+    expected = list(steps_of(shards, 6))
+    with feed(shards, read_workers=4) as source:
+        for number, step in zip(range(6), source, strict=False):
+            assert copied(step) == expected[number]
+            if number == 2:
+                for pid in pids(source):
+                    os.kill(pid, signal.SIGKILL)
+                assert gone(pids(source))
+
+
+def test_a_step_of_very_many_micro_batches_does_not_stop_up_the_channels(shards: ShardSet) -> None:
+    """Who only writes until the other reads, waits for ever."""
+    how = {"global_batch": 700, "micro_batch": 1}
+    assert list(steps_of(shards, 2, read_workers=2, **how)) == list(steps_of(shards, 2, **how))
+
+
+def test_a_worker_that_no_signal_ends_does_not_keep_the_run(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sits in a disk that does not answer: the kernel ends it when that does."""
+    monkeypatch.setattr(ring, "END_S", 0.2)
+    source = feed(shards, read_workers=1)
+    (hand,) = source._reader._hands.values()  # type: ignore[attr-defined]
+    monkeypatch.setattr(hand.process, "kill", lambda: None)
+    os.kill(hand.process.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    source.close()
+    assert time.monotonic() - start < 5
+    os.kill(hand.process.pid, signal.SIGKILL)
+    hand.process.wait()
 
 
 def test_a_worker_that_dies_at_its_start_is_replaced_too(shards: ShardSet) -> None:

@@ -7,11 +7,14 @@
     order -> samples of this rank, by micro-batch -> slots, filled ahead by a thread (train/feed/reading.py) or by
     processes (train/feed/ring.py) -> tensors over the same memory
 
-A step's memory is used again when the next step is asked for: what is read ahead then fits the caches best. Nothing is
-allocated after the first round but small Python objects.
+A step's memory is used again when the next step is asked for. A loop that waits for its data has one step read ahead,
+into memory that is still in the caches; one that does not wait has up to MOST_AHEAD. Nothing is allocated after the
+first rounds but small Python objects.
 """
 
 import functools
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,8 +33,8 @@ from train.feed.reading import Part, PartReader, ThreadReader
 from train.feed.ring import Ring
 from train.feed.slots import Slot, SlotPlan, Spans
 
-NUM_SLOTS = 2
-"""The step in the loop's hands, and the one that all readers read: more are no faster, they leave the caches."""
+MOST_AHEAD = 4
+"""Steps that are kept ready for a loop that is slower than its readers: what a disk's hiccup may cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class Tray:
 class Ahead:
     """A step that is being read."""
 
+    size: Size
     trays: tuple[Tray, ...]
     parts: tuple[Part, ...]
     samples: Samples
@@ -110,7 +114,7 @@ class Feed:
                  deadline_s: float = 300.0, read_workers: int = 0, on_corrupt: str = "stop",
                  text_max_length: int | None = None, spans: Spans | None = None,
                  say: Callable[..., None] | None = None) -> None:  # fmt: skip
-        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/feed/filling.py."""
+        """`read_workers` 0: a thread of this process reads. `on_corrupt: skip`: see train/feed/pieces.py."""
         self.num_micros = accumulation(global_batch, micro_batch, world)
         self.num_skipped, self.num_cut = 0, 0
         """Samples that were damaged, and such whose text was cut to text_max_length, as often as they came."""
@@ -120,9 +124,10 @@ class Feed:
         self._text_rows = min(text_max_length or shards.contract.text_length, shards.contract.text_length)
         self._spans = spans
         self._said: set[tuple[str, int]] = set()
-        self._trays: dict[tuple[int, Size], tuple[Tray, ...]] = {}
         self._ahead: deque[Ahead] = deque()
-        self._num_submitted = 0
+        self._in_hand: Ahead | None = None
+        self._free: dict[Size, list[tuple[Tray, ...]]] = {}
+        self._num_ahead, self._num_submitted, self._last_asked = 1, 0, math.inf
         options = Options(text_rows=self._text_rows, on_corrupt=on_corrupt, library=shards.library, spans=spans)
         self._reader: PartReader = (
             Ring(shards.path, read_workers, options, self._say, deadline_s=deadline_s)
@@ -140,24 +145,37 @@ class Feed:
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            while len(self._ahead) < NUM_SLOTS:
+            asked = time.monotonic()
+            self._let_go()
+            while len(self._ahead) <= self._num_ahead:
                 self._submit(self._order.next_batch(self._global_batch))
-            yield self._finish(self._ahead.popleft())
+            self._in_hand = self._ahead.popleft()
+            step = self._finish(self._in_hand)
+            has_waited = time.monotonic() - asked > 0.1 * (asked - self._last_asked)
+            self._num_ahead, self._last_asked = 1 if has_waited else min(self._num_ahead + 1, MOST_AHEAD), asked
+            yield step
 
     def close(self) -> None:
         self._reader.close()
 
+    def _let_go(self) -> None:
+        """The memory of the last step; what was used last is used first."""
+        if self._in_hand:
+            self._free[self._in_hand.size].append(self._in_hand.trays)
+        self._in_hand = None
+
     def _submit(self, batch: Batch) -> None:
         mine = batch.for_rank(self._rank, self._world)
-        trays = self._trays_of(self._num_submitted % NUM_SLOTS, batch.size)
+        free = self._free.setdefault(batch.size, [])
+        trays = free.pop() if free else self._new_trays(batch.size)
         parts = []
         for number, tray in enumerate(trays):
             samples = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
             tray.slot.ask_for(samples.rows)
             parts.append(Part(batch=self._num_submitted, slot=tray.slot, samples=samples))
             self._reader.submit(parts[-1])
-        self._ahead.append(Ahead(trays=trays, parts=tuple(parts), samples=batch.samples, epoch=batch.epoch,
-                                 cursor=self._order.cursor))  # fmt: skip
+        self._ahead.append(Ahead(size=batch.size, trays=trays, parts=tuple(parts), samples=batch.samples,
+                                 epoch=batch.epoch, cursor=self._order.cursor))  # fmt: skip
         self._num_submitted += 1
 
     def _finish(self, ahead: Ahead) -> Step:
@@ -169,12 +187,10 @@ class Feed:
             micros.append(tray.micro(filled.num_texts, filled.longest))
         return Step(micros=tuple(micros), samples=ahead.samples, epoch=ahead.epoch, cursor=ahead.cursor)
 
-    def _trays_of(self, number: int, size: Size) -> tuple[Tray, ...]:
-        if (number, size) not in self._trays:
-            plan = SlotPlan(contract=self._contract, size=size, num_samples=self._micro_batch,
-                            text_rows=self._text_rows, spans=self._spans)  # fmt: skip
-            self._trays[number, size] = tuple(Tray(self._reader.slot(plan)) for _ in range(self.num_micros))
-        return self._trays[number, size]
+    def _new_trays(self, size: Size) -> tuple[Tray, ...]:
+        plan = SlotPlan(contract=self._contract, size=size, num_samples=self._micro_batch,
+                        text_rows=self._text_rows, spans=self._spans)  # fmt: skip
+        return tuple(Tray(self._reader.slot(plan)) for _ in range(self.num_micros))
 
     def _count(self, part: Part, filled: Filled) -> None:
         """Counted whenever it happens; said once for a record, and once for all cut texts."""

@@ -4,21 +4,21 @@ filler = Filler(shards, Options(text_rows=77, on_corrupt="stop"))
 slot.ask_for(samples.rows)
 filled = finished(slot, [filler.fill(slot, progress, ALONE)])       or several fillers, see train/feed/pieces.py
 
-rows -> looked up -> noise levels, distinct texts once each, each row's extent straight into its place or decoded
-into it -> a Piece
+rows -> looked up: noise levels, whose text -> each row's extent straight into its place, or decoded into it
+-> distinct texts, once each -> a Piece
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.errors import Corrupt, Partial
 from common.record import Array
 from common.shards import ShardSet
-from train.feed.pieces import BadRow, Piece, Share
+from train.feed.pieces import Piece, Share
 from train.feed.shelf import Facts, Place, Shelf, Shelved, TextName, Texts, item_of
-from train.feed.slots import FINAL, Slot, Spans
+from train.feed.slots import FINAL, UNFOUND, Slot, Spans, known, prompt_and_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +41,16 @@ class Found(NamedTuple):
     """Of its point in the shard."""
     place: Place | None
     facts: Facts
-    """Timestep, sigma, expert, number of its prompt, tokens of that."""
-    name: TextName
 
 
 class Layout(NamedTuple):
     """Which text lies where in a slot: a function of the samples that were found."""
 
+    names: list[TextName]
     rows: list[int]
     inverse: list[int]
     """Whose text is whose, by those rows."""
-    texts: list[Found]
-    """Of each text its first sample."""
+    unfound: list[int]
     longest: int
     num_cut: int
     """Samples whose text was cut."""
@@ -67,22 +65,17 @@ class Filler:
 
     def fill(self, slot: Slot, progress: Array, share: Share) -> Piece:
         """`progress[0]` says which row is being worked on, to whoever waits."""
-        filling, layout = _Filling(self, slot, progress, share), None
-        if share.number == 0:
-            layout = filling.lay_out()
-            filling.write_columns(layout)
-            filling.read_texts(layout)
+        filling = _Filling(self, slot, progress, share)
         filling.read_points()
-        if layout is None and slot.texts_taken.some_are_left(share.number):
-            layout = filling.lay_out()
-            filling.read_texts(layout)
-        return filling.piece(layout)
+        return filling.piece(filling.read_texts())
 
     def find(self, stem: bytes, record: int, point: int) -> Found:
         shard = self.shelf.shard(stem)
         number = shard.point(record, point)
-        facts = shard.known(number)
-        return Found(shard, number, shard.place(number), facts, (stem, facts[3]))
+        return Found(shard, number, shard.place(number), shard.known(number))
+
+    def text(self, name: TextName) -> Array:  # [L, D]
+        return self.texts.get(name, self.shelf.shard(name[0]).reader)
 
     def pardoned(self, error: Corrupt | OSError, stem: bytes) -> Corrupt:
         """Damage, where it may be skipped; anything else is raised."""
@@ -104,61 +97,18 @@ class _Filling:
         self._filler, self._slot, self._progress, self._share = filler, slot, progress, share
         self._request: list[tuple[bytes, int, int]] = slot.request.tolist()
         self._found: dict[int, Found] = {}
-        self._unfound: dict[int, Corrupt] = {}
-        self._unread: dict[int, Corrupt] = {}
-
-    def lay_out(self) -> Layout:
-        every = range(len(self._request))
-        self._look_up(every)
-        samples = [(row, self._found[row]) for row in every if row in self._found]
-        numbers: dict[TextName, int] = {}
-        inverse = [numbers.setdefault(sample.name, len(numbers)) for _, sample in samples]
-        texts = {sample.name: sample for _, sample in reversed(samples)}
-        most, lengths = self._filler.texts.max_rows, [sample.facts[4] for _, sample in samples]
-        return Layout(
-            rows=[row for row, _ in samples],
-            inverse=inverse,
-            texts=[texts[name] for name in numbers],
-            longest=min(most, max(lengths, default=0)),
-            num_cut=sum(length > most for length in lengths),
-        )
-
-    def write_columns(self, layout: Layout) -> None:
-        """Noise levels, and whose text is whose."""
-        slot, rows = self._slot, layout.rows
-        slot.texts_taken.end_at(len(layout.texts))
-        if rows:
-            slot.inverse[rows] = layout.inverse
-            facts = zip(*(self._found[row].facts for row in rows), strict=True)
-            slot.timesteps[rows], slot.sigmas[rows], slot.expert[rows], *_ = facts
-
-    def read_texts(self, layout: Layout) -> None:
-        slot, area = self._slot, self._slot.text(len(layout.texts), layout.longest)
-        for number, sample in enumerate(layout.texts):
-            if not slot.texts_taken.take(number, self._share.number):
-                continue
-            self._progress[0] = layout.rows[layout.inverse.index(number)]
-            try:
-                text = self._filler.texts.get(sample.name, sample.shard.reader)
-            except (Corrupt, OSError) as error:
-                rows = [row for row, whose in zip(layout.rows, layout.inverse, strict=True) if whose == number]
-                self._unread |= dict.fromkeys(rows, self._filler.pardoned(error, sample.name[0]))
-                continue
-            slot.lengths[number] = len(text)
-            area[number, : len(text)] = text
-            if len(text) < layout.longest:
-                area[number, len(text) :] = 0
+        self._bad: dict[int, Corrupt] = {}
 
     def read_points(self) -> None:
         slot, found, rows = self._slot, self._found, self._share.rows(len(self._request))
-        # First all look-ups, then all reads: a read sweeps the caches, a look-up between two would wait for memory.
-        self._look_up(rows[: len(rows) // self._share.num_fillers])
+        # First look-ups, then reads: a read sweeps the caches, a look-up between two would wait for memory.
+        self._look_up(rows[: -(-len(rows) // self._share.num_fillers)])
         for row in rows:
             if not slot.points_taken.take(row, self._share.number):
                 continue
             if row not in found:
                 self._look_up((row,))
-            if row in self._unfound:
+            if row in self._bad:
                 continue
             self._progress[0] = row
             try:
@@ -166,27 +116,83 @@ class _Filling:
                 if slot.plan.spans:
                     _read_end(slot, row, found[row].shard, self._request[row])
             except (Corrupt, OSError) as error:
-                self._unread[row] = self._filler.pardoned(error, self._request[row][0])
+                self._bad[row] = self._filler.pardoned(error, self._request[row][0])
+
+    def read_texts(self) -> Layout | None:
+        """None: all of them are others' already."""
+        slot, reader = self._slot, self._share.number
+        if not slot.texts_taken.some_are_left(reader):
+            return None
+        layout = self._lay_out()
+        slot.texts_taken.end_at(len(layout.names))
+        slot.inverse[layout.rows] = layout.inverse
+        area = slot.text(len(layout.names), layout.longest)
+        for number in self._own_first(layout):
+            if slot.texts_taken.take(number, reader):
+                text = self._text(layout, number)
+                slot.lengths[number] = len(text)
+                area[number, : len(text)] = text
+                if len(text) < layout.longest:
+                    area[number, len(text) :] = 0
+        return layout
 
     def piece(self, layout: Layout | None) -> Piece:
+        bad = [(row, fault.wrong, fault.found, fault.mend) for row, fault in self._bad.items()]
         if layout is None:
-            return Piece(_told(self._unread | self._unfound))
-        laid_out = len(layout.texts), layout.longest, layout.num_cut
-        return Piece(_told(self._unread), _told(self._unfound), *laid_out)
+            return Piece(bad)
+        return Piece(bad, layout.unfound, len(layout.names), layout.longest, layout.num_cut)
 
     def _look_up(self, rows: Iterable[int]) -> None:
-        found, unfound, request, find = self._found, self._unfound, self._request, self._filler.find
+        """Those that this one has not looked up yet. What others need to know of them goes into the slot."""
+        slot, found, new = self._slot, self._found, []
         for row in rows:
-            if row not in found and row not in unfound:
+            if row not in found and row not in self._bad:
                 self._progress[0] = row
                 try:
-                    found[row] = find(*request[row])
+                    sample = found[row] = self._filler.find(*self._request[row])
+                    slot.known[row] = known(*sample.facts[3:])
+                    new.append(row)
                 except (Corrupt, OSError) as error:
-                    unfound[row] = self._filler.pardoned(error, request[row][0])
+                    self._bad[row] = self._filler.pardoned(error, self._request[row][0])
+                    slot.known[row] = UNFOUND
+        if new:
+            facts = zip(*(found[row].facts for row in new), strict=True)
+            slot.timesteps[new], slot.sigmas[new], slot.expert[new], *_ = facts
 
+    def _lay_out(self) -> Layout:
+        """From what all have found: who looks up a row too does it because another is not there yet."""
+        slot, request = self._slot, self._request
+        self._look_up([row for row, said in enumerate(slot.known.tolist()) if said <= 0])
+        told = slot.known.tolist()
+        rows = [row for row, said in enumerate(told) if said != UNFOUND]
+        numbers: dict[tuple[bytes, int], int] = {}
+        inverse = [numbers.setdefault((request[row][0], told[row]), len(numbers)) for row in rows]
+        most, lengths = self._filler.texts.max_rows, [prompt_and_length(told[row])[1] for row in rows]
+        return Layout(
+            names=[(stem, prompt_and_length(said)[0]) for stem, said in numbers],
+            rows=rows,
+            inverse=inverse,
+            unfound=[row for row, said in enumerate(told) if said == UNFOUND],
+            longest=min(most, max(lengths, default=0)),
+            num_cut=sum(length > most for length in lengths),
+        )
 
-def _told(bad: Mapping[int, Corrupt]) -> list[BadRow]:
-    return [(row, fault.wrong, fault.found, fault.mend) for row, fault in bad.items()]
+    def _own_first(self, layout: Layout) -> Iterable[int]:
+        """Texts whose shard this one has open come first."""
+        own = dict.fromkeys(whose for row, whose in zip(layout.rows, layout.inverse, strict=True) if row in self._found)
+        return dict.fromkeys([*own, *range(len(layout.names))])
+
+    def _text(self, layout: Layout, number: int) -> Array:
+        """A damaged one is empty, and costs its samples."""
+        name = layout.names[number]
+        self._progress[0] = layout.rows[layout.inverse.index(number)]
+        try:
+            return self._filler.text(name)
+        except (Corrupt, OSError) as error:
+            fault = self._filler.pardoned(error, name[0])
+        rows = [row for row, whose in zip(layout.rows, layout.inverse, strict=True) if whose == number]
+        self._bad |= dict.fromkeys(rows, fault)
+        return self._slot.text(1, 0)[0]
 
 
 def _read_point(slot: Slot, row: int, sample: Found) -> None:

@@ -2,8 +2,9 @@
 
     filled = finished(slot, [filler.fill(slot, progress, Share(number, 3)) for number in range(3)])
 
-They share no lock. Each takes texts and points that nobody has taken yet (Claims in train/feed/slots.py), so who is
-held up leaves more to the others; two that take the same thing at once write the same bytes.
+They share no lock. Each looks up its part of the rows, then takes points and texts that nobody has taken yet (Marks in
+train/feed/slots.py), so who is held up leaves more to the others; two that take the same thing at once write the same
+bytes. Nobody concludes from a mark that bytes are there: that is known when all have answered.
 
 `on_corrupt: skip` puts the next good sample of the same micro-batch (the first, after the last) in the place of a
 damaged one: the shape stays, nothing is weighted apart, and the result is a function of the micro-batch alone. A
@@ -21,13 +22,13 @@ BadRow = tuple[int, str, str, str]
 
 
 class Share(NamedTuple):
-    """Which of a slot's fillers it is. The first writes the noise levels and begins with the texts."""
+    """Which of a slot's fillers it is."""
 
     number: int
     num_fillers: int
 
     def rows(self, num_samples: int) -> list[int]:
-        """All of them, in the order in which this filler looks for points to read."""
+        """All of them, its own part first."""
         begin = self.number * num_samples // self.num_fillers
         return [*range(begin, num_samples), *range(begin)]
 
@@ -38,9 +39,9 @@ ALONE = Share(0, 1)
 class Piece(NamedTuple):
     """What one filler has to say of a slot. Plain values: it travels as JSON."""
 
-    unread: list[BadRow]
-    unfound: list[BadRow] | None = None
-    """None: it had no need to look for every row. Where the texts lie depends on it."""
+    bad: list[BadRow]
+    unfound: list[int] | None = None
+    """Rows without a text, when it laid out the texts. None: it had no need to."""
     num_texts: int = 0
     longest: int = 0
     num_cut: int = 0
@@ -61,18 +62,14 @@ def finished(slot: Slot, pieces: Sequence[Piece]) -> Filled:
     """The next good row takes the place of each bad one."""
     first, *others = [piece for piece in pieces if piece.unfound is not None]
     told = []
-    if any(piece.unread or piece.unfound for piece in pieces):
-        bad = {row: parts for piece in pieces for row, *parts in [*(piece.unfound or []), *piece.unread]}
+    if any(piece.bad for piece in pieces):
+        bad = {row: parts for piece in pieces for row, *parts in piece.bad}
         good = [row for row in range(slot.plan.num_samples) if row not in bad]
-        unequal = [piece for piece in others if _rows(piece) != _rows(first)]
-        if unequal or not good:  # unequal: a shard went bad between two looks, and they laid out the texts differently
+        # Unlike: a shard went bad between the looks of two, and their texts lie differently.
+        if not good or any(piece.unfound != first.unfound for piece in others):
             wrong, found, mend = bad[min(bad)]
             raise Corrupt(wrong=wrong, found=found, mend=mend)
         for row in bad:
             slot.copy_row(next((later for later in good if later > row), good[0]), row)
         told = [(row, f"{wrong}; found: {found}") for row, (wrong, found, _) in sorted(bad.items())]
     return Filled(first.num_texts, first.longest, first.num_cut, told)
-
-
-def _rows(piece: Piece) -> list[int]:
-    return sorted(row for row, *_ in piece.unfound or [])

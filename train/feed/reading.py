@@ -11,6 +11,7 @@ filled = reader.wait(part)                            the slot holds it; what we
 import mmap
 import queue
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,7 +30,7 @@ NOT_BEGUN = -1
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Part:
-    """One micro-batch, requested in its slot; its reader sets `outcome`."""
+    """One micro-batch, requested in its slot; it is filled when it has an outcome."""
 
     batch: int
     slot: Slot
@@ -37,8 +38,8 @@ class Part:
     pieces: list[Piece] = field(default_factory=list)
     """Of those who fill it together, as they come."""
     outcome: Filled | Exception | None = None
-    num_deaths: int = 0
-    """Of processes that were reading it."""
+    deaths: Counter[int] = field(default_factory=Counter)
+    """Of processes that were reading it, by their number."""
 
     def result(self) -> Filled:
         assert self.outcome is not None

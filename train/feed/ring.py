@@ -41,7 +41,11 @@ from train.feed.ring_worker import PROGRESS_BYTES, progress_of
 from train.feed.slots import Slot, SlotPlan
 
 MAX_DEATHS = 3
-"""Of workers at one and the same part."""
+"""Of one worker and those that took its place, at one and the same part."""
+MOST_GIVEN = 64
+"""Parts that one worker has not answered: their lines fit its channel, so that neither waits for the other to read."""
+END_S = 10.0
+"""After a kill: a process in a disk that does not answer cannot be waited for."""
 MAX_WORKERS = PROGRESS_BYTES // 8
 ANSWER_BYTES = 1 << 12
 _ROOT = Path(__file__).parents[2]
@@ -72,10 +76,12 @@ class Hand:
     def __str__(self) -> str:
         return f"worker {self.number} (pid {self.process.pid})"
 
-    def end(self) -> int:
+    def end(self) -> int | None:
         self.channel.close()
         self.process.kill()
-        return self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=END_S)
+        return None
 
 
 class Ring:
@@ -95,7 +101,7 @@ class Ring:
         self._tasks: dict[int, bytes] = {}
         self._grow(PROGRESS_BYTES)
         # The kernel's own: Python's would ask twice, whether there is something and then what.
-        self._timeout = struct.pack("ll", *divmod(int(deadline_s * 1e6), 1_000_000))
+        self._timeout = struct.pack("ll", *divmod(max(1, int(deadline_s * 1e6)), 1_000_000))
         self._hands = {number: self._start(number) for number in range(num_workers)}
 
     def slot(self, plan: SlotPlan) -> Slot:
@@ -105,8 +111,10 @@ class Ring:
         return Slot(plan, mmap.mmap(self._memory_fd, plan.num_bytes, offset=offset), offset=offset)
 
     def submit(self, part: Part) -> None:
-        for hand in self._hands.values():
-            self._give(hand, part)
+        for number in self._hands:
+            while len(self._hands[number].parts) >= MOST_GIVEN:
+                self._hear(self._hands[number])
+            self._give(self._hands[number], part)
 
     def wait(self, part: Part) -> Filled:
         for number in range(self._num_workers):
@@ -174,24 +182,19 @@ class Ring:
 
     def _replace(self, dead: Hand) -> None:
         """What it had not answered is read again, by a new one."""
-        code = dead.end()
-        doing = dead.parts[0].at(int(dead.progress[0])) if dead.parts else "waiting"
+        part, code = dead.parts[0], dead.end()
+        doing = part.at(int(dead.progress[0]))
         self._say(f"{dead} died and is replaced", exit=code, was=doing)
-        if dead.parts:
-            self._count_death(dead.parts, doing)
-        hand = self._hands[dead.number] = self._start(dead.number)
-        for part in dead.parts:
-            self._give(hand, part)
-
-    def _count_death(self, parts: deque[Part], doing: str) -> None:
-        part = parts[0]
-        part.num_deaths += 1
-        if part.num_deaths == MAX_DEATHS:
-            parts.popleft().outcome = Partial(
+        part.deaths[dead.number] += 1
+        if part.deaths[dead.number] == MAX_DEATHS:
+            dead.parts.popleft().outcome = Partial(
                 wrong=f"{MAX_DEATHS} workers died one after the other while they read batch {part.batch}",
                 found=f"the last one was {doing}",
                 mend="see what they wrote above and whether memory is short, verify the set; or set read_workers: 0",
             )
+        hand = self._hands[dead.number] = self._start(dead.number)
+        for part in dead.parts:
+            self._give(hand, part)
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,6 +27,7 @@ FACTS = np.dtype([("timestep", "<f4"), ("sigma", "<f4"), ("expert", "<i4"), ("pr
 """What a shard's header says of a point. Side by side: reads sweep the caches, so each look-up waits for memory."""
 _UNPACK = struct.Struct("<ffiii").unpack_from  # of FACTS: a quarter of the time that an array takes for its record
 Facts = tuple[float, float, int, int, int]
+"""Timestep, sigma, expert, number of the prompt in its shard, tokens of its text."""
 TextName = tuple[bytes, int]
 """Stem of the shard, number of the prompt in it."""
 Place = tuple[int, int]

@@ -21,6 +21,7 @@ Spans = tuple[tuple[int, int], ...]
 """Begin -> end of a segment, both numbers among the points that every record keeps; FINAL: the record's end point."""
 FINAL = -1
 END_FIELDS = ("end", "end_timesteps", "end_sigmas")
+UNFOUND = -1
 _ALIGNMENT = 64
 
 
@@ -72,15 +73,16 @@ class SlotPlan:
         text = (self.contract.storage_dtype, (n * self.text_rows * self.contract.text_dim,))
         return {
             "request": (ROW, (n,)),
-            "points_taken": (Taken.DTYPE, (n,)),
-            "texts_taken": (Taken.DTYPE, (n,)),
+            "known": (np.dtype("i8"), (n,)),
+            "points_taken": (Marks.DTYPE, (n,)),
+            "texts_taken": (Marks.DTYPE, (n,)),
             **{name: (np.dtype(dtype), (n,)) for name, dtype in scalars.items()},
             **points,
             "text": text,
         }
 
 
-class Taken:
+class Marks:
     """What somebody reads already. No lock: two who ask at once may both be told that it is theirs, and then write the
     same bytes."""
 
@@ -117,7 +119,9 @@ class Slot:
         for name, (dtype, shape) in plan.areas().items():
             arrays[name] = np.frombuffer(buffer, dtype, int(np.prod(shape)), begin).reshape(shape)
             begin += _aligned(dtype, shape)
-        self.points_taken, self.texts_taken = Taken(arrays["points_taken"]), Taken(arrays["texts_taken"])
+        self.points_taken, self.texts_taken = Marks(arrays["points_taken"]), Marks(arrays["texts_taken"])
+        self._known, self.known = arrays["known"], arrays["known"].data
+        """Of each row which prompt of its shard it has, see `known`."""
         self.request, self.timesteps, self.sigmas = arrays["request"], arrays["timesteps"], arrays["sigmas"]
         self.expert, self.inverse, self.lengths = arrays["expert"], arrays["inverse"], arrays["lengths"]
         self.ends = {name: arrays[name] for name in END_FIELDS if name in arrays}
@@ -137,6 +141,7 @@ class Slot:
 
     def ask_for(self, rows: Array) -> None:  # [B] ROW
         self.request[:] = rows
+        self._known[:] = 0
         self.points_taken.clear()
         self.texts_taken.clear()
 
@@ -162,6 +167,16 @@ class Slot:
     def copy_row(self, source: int, target: int) -> None:
         for area in (*self._fields, self.timesteps, self.sigmas, self.expert, self.inverse, *self.ends.values()):
             area[target] = area[source]
+
+
+def known(prompt: int, length: int) -> int:
+    """Number of a prompt in its shard, and its tokens, as one number that is stored at once: another process sees all
+    of it, or 0."""
+    return (prompt << 32 | length) + 1
+
+
+def prompt_and_length(said: int) -> tuple[int, int]:
+    return divmod(said - 1, 1 << 32)
 
 
 def _aligned(dtype: np.dtype, shape: tuple[int, ...]) -> int:
