@@ -1,7 +1,7 @@
 """The frame of both command lines: a click group that imports a command only when it is called, and that prints
 a Fault as one line.
 
-    main = lazy_group("harvest", {"run": "harvest.running.loop:run_command", ...}, "what it is")
+    main = LazyGroup(name="harvest", commands={"run": Command("harvest.running.loop:run_command", "its help")})
 
 `--help` costs no more than click itself: the one-line helps stand here with the names, not in the commands' modules.
 """

@@ -1,4 +1,5 @@
-"""Stopping on request: SIGTERM and SIGINT ask once, politely; a second one is obeyed at once. A time limit asks too.
+"""Stopping on request: SIGTERM, SIGINT and SIGHUP (a terminal that is gone; not under nohup) ask once, politely; a
+second one is obeyed at once. A time limit asks too.
 
 stop = StopRequest(limit_s=1800)
 if stop.asked: ...; raise stop.fault()      or stop.check() where nothing has to be put away first
@@ -17,7 +18,7 @@ ECHO_S = 1.0
 
 
 class StopRequest:
-    """The two signals are ours while it is entered, in the main thread."""
+    """The signals are ours while it is entered, in the main thread."""
 
     def __init__(self, limit_s: float | None = None) -> None:
         self._limit_s, self._began = limit_s, time.monotonic()
@@ -26,8 +27,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -70,7 +70,7 @@ def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:
     import diffusers
     import torch
 
-    device = torch.cuda.get_device_name() if teacher.device.startswith("cuda") else teacher.device
+    device = torch.cuda.get_device_name(teacher.device) if teacher.device.startswith("cuda") else teacher.device
     return Numerics(
         micro_batch=config.micro_batch,
         batched_guidance=config.teacher.batched_guidance,

@@ -136,7 +136,7 @@ class TrainConfig(Section):
     log_every: PositiveInt = 20
     tensorboard: bool = False
     """Events of the numbers in metrics.jsonl, under OUT/tensorboard; wants the extra `tensorboard`."""
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto: the GPUs that are visible, else the CPU; cpu | cuda | cuda:N."""
     processes: PositiveInt | None = None
     """Started by `train run` itself, one per GPU; None: all visible GPUs, or one on a CPU."""

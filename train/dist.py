@@ -5,6 +5,7 @@
 gloo on CPUs, NCCL on GPUs. Nothing else in train/ asks who else is there.
 """
 
+import atexit
 import contextlib
 import os
 import resource
@@ -17,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from common.errors import BadUsage
+from common.errors import BadUsage, Fault, Stopped
 from common.log import gpu_label
 
 KILOBYTES = 1 if sys.platform == "darwin" else 1024
@@ -116,24 +117,52 @@ def device_of(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def joined(device: str, *, timeout_s: float) -> Iterator[World]:
+    place = _place(device, int(os.environ.get("LOCAL_RANK", "0")))
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if use_cuda and local >= torch.cuda.device_count():
-        raise BadUsage(
-            wrong=f"process {local} of this node has no GPU",
-            found=f"{torch.cuda.device_count()} GPUs",
-            mend="start as many processes as GPUs (torchrun --nproc-per-node)",
-        )
-    index = torch.device(device).index if ":" in device else local
-    place = torch.device("cuda", index) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1:
-        backend = "nccl" if use_cuda else "gloo"
+        backend = "nccl" if place.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_S)))
     try:
         yield World(rank=rank, size=size, device=place)
-    finally:
+    except Stopped:  # all of them leave
+        _part(size)
+        raise
+    except BaseException as fault:
         if size > 1:
-            torch.distributed.destroy_process_group()
+            # The others wait in a collective, and NCCL's farewell would wait for them: a fault that nobody hears of.
+            atexit.register(_end_at_once, fault.exit_code if isinstance(fault, Fault) else 1)
+        raise
+    _part(size)
+
+
+def _part(size: int) -> None:
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _end_at_once(code: int) -> None:
+    """At the process's end, when the fault has been told: the launcher sees it and ends the others."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _place(device: str, local: int) -> torch.device:
+    if device != "auto":
+        named = device_of(device)
+        if named.type == "cpu" or named.index is not None:
+            return named
+    num = torch.cuda.device_count()
+    if device == "auto" and not torch.cuda.is_available():
+        return HOST
+    if num == 1 and "SLURM_LOCALID" in os.environ:  # srun --gpus-per-task=1: each task sees its own, and no other
+        return torch.device("cuda", 0)
+    if local >= num:
+        raise BadUsage(
+            wrong=f"process {local} of this node has no GPU",
+            found=f"{num} GPUs",
+            mend="start as many processes as GPUs (torchrun --nproc-per-node)",
+        )
+    return torch.device("cuda", local)

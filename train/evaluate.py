@@ -24,7 +24,7 @@ import torch
 from common.errors import BadUsage
 from train.chosen import first_records, held_out_records, num_held_out
 from train.dist import HOST
-from train.held_out import HeldOut
+from train.held_out import HeldOut, shown
 from train.sample import open_run, pairs
 from train.start import first_student
 from train.watching import NUM_HELD_OUT
@@ -115,7 +115,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     if "held_out" in report:
         gap, untrained = report["held_out"], report["held_out"]["untrained"]
         lines.append("held-out gap to the teacher (0: equal, 1: no better than the mean): "
-                     f"{gap['gap']:.4f}, untrained {untrained['gap']:.4f}")  # fmt: skip
+                     f"{shown(gap['gap'])}, untrained {shown(untrained['gap'])}")  # fmt: skip
         lines += [f"  {name}: {', '.join(_short(share) for share in gap[key])}"
                   for name, key in (("quarters of sigma from low to high", "gap_by_level"),
                                     ("experts, high noise first", "gap_by_expert"))]  # fmt: skip

@@ -52,18 +52,23 @@ class Gap:
         return float(self.error[known].sum() / self.floor[known].sum()) if known.any() else None
 
 
+def shown(share: float | None) -> str:
+    """For people. None: of too few points to have a mean."""
+    return "-" if share is None else f"{share:.4f}"
+
+
 class HeldOut:
     """Points of records, ready to be asked about."""
 
     def __init__(self, objective: Objective, records: Sequence[Record], *, text_rows: int,
-                 device: torch.device) -> None:  # fmt: skip
+                 device: torch.device, batch: int = BATCH) -> None:  # fmt: skip
         self._objective, self._device = objective, device
         if objective.spans is not None:
             records = [only_pinned(record, objective.contract) for record in records]
         places = [(record, point) for record in records for point in _points(record, objective.spans)]
         self._micros = [
-            micro_of(places[begin : begin + BATCH], objective.spans, text_rows=text_rows)
-            for begin in range(0, len(places), BATCH)
+            micro_of(places[begin : begin + batch], objective.spans, text_rows=text_rows)
+            for begin in range(0, len(places), batch)
         ]
         self.num_points = len(places)
 

@@ -94,6 +94,8 @@ def start_processes(num: int, words: Sequence[str]) -> int:
                 child.send_signal(number)
 
     signal.signal(signal.SIGTERM, pass_on)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, pass_on)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all of them; twice would mean: at once
     return _wait(children)
 

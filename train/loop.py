@@ -31,7 +31,7 @@ from train.lora import base_digest, require_base
 from train.loss import level_weights
 from train.objective import Objective, objective_of
 from train.optim import gather
-from train.out_of_memory import explained, fitted
+from train.out_of_memory import explained, fitted, survived
 from train.resume import allow
 from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS
 from train.saver import Saver
@@ -144,10 +144,10 @@ class Run:
                     with stage("save"):
                         self._save(saver)
                     if not asked:
-                        with stage("held-out"):
+                        with stage("held-out"), survived("the held-out gap", log):
                             self.onlooker.measure(state, log)
                 if self.onlooker.wants_pictures(state.step, last=last):
-                    with stage("pictures"):
+                    with stage("pictures"), survived("pictures", log):
                         self.onlooker.draw(state, log)
                 if asked and not last:
                     with stage("save"):
@@ -198,9 +198,10 @@ class Run:
         require_progress(self.state, ids)
 
     def _save(self, saver: Saver) -> None:
-        gather(self.state.optimizers)
         if self.world.rank == 0:
             saver.save(self.state, self.facts())
+        else:
+            gather(self.state.student, self.state.optimizers)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says beside its state."""

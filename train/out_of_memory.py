@@ -2,6 +2,7 @@
 
     with explained(state, batch_size=32, world=world): ...       out of memory: a table of what held it, three mends
     batch_size = fitted(stepper, state, ...)                     fit: auto; halved until it fits on every rank
+    with survived("pictures", log): ...                          out of memory: said, and the run goes on
 
 A smaller micro-batch at the same global batch is the same training, but for last bits.
 """
@@ -21,6 +22,8 @@ from train.objective import Objective
 from train.optim import moments_to_come, own_slots
 from train.state import TrainState
 from train.step import Stepper
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def fitted(stepper: Stepper, state: TrainState, objective: Objective, contract: Contract, sizes: list[Size], *,
@@ -49,9 +52,25 @@ def explained(state: TrainState, *, batch_size: int, world: World) -> Iterator[N
         raise _fault(state, batch_size, world, str(error).split("\n")[0]) from None
 
 
+@contextlib.contextmanager
+def survived(what: str, log: Log) -> Iterator[None]:
+    """A look at the student is not worth the run: without room for it, it is left out and said."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.say(f"{what} left out: out of memory", found=str(error).split("\n")[0])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own, and what its CPU allocator, the driver, cuBLAS and cuDNN say."""
     told = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in told
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in told for words in OUT_OF_MEMORY)
+    )
 
 
 def probe(objective: Objective, contract: Contract, size: Size, batch_size: int, text_rows: int) -> Micro:

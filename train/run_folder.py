@@ -65,4 +65,5 @@ def status_lines(run_dir: Path) -> Iterator[str]:
         yield f"step {last['step']}: loss {loss}, {last['samples_per_s']:.0f} samples/s"
     gaps = [line for line in lines if line.get("event") == "held_out"]
     if gaps:
-        yield f"held-out gap to the teacher at step {gaps[-1]['step']}: {gaps[-1]['gap']:.4f} of a mean's"
+        gap = "unknown" if gaps[-1]["gap"] is None else f"{gaps[-1]['gap']:.4f} of a mean's"
+        yield f"held-out gap to the teacher at step {gaps[-1]['step']}: {gap}"

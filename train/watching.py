@@ -22,7 +22,7 @@ from train.chosen import first_records, held_out_records, records_of_prompts
 from train.config import TrainConfig
 from train.dist import World
 from train.guidance import Answer, said
-from train.held_out import Gap, HeldOut
+from train.held_out import BATCH, Gap, HeldOut, shown
 from train.objective import Objective
 from train.run_folder import SAMPLES
 from train.sample import GAP, pairs
@@ -54,18 +54,18 @@ class Onlooker:
         rows = state.student.config.text_max_length
         if self._held_out is None:
             records = held_out_records(self._shards, NUM_HELD_OUT)
-            self._held_out = HeldOut(self._objective, records, text_rows=rows, device=self._world.device)
+            self._held_out = HeldOut(self._objective, records, text_rows=rows, device=self._world.device,
+                                     batch=min(BATCH, self._config.batch_size))  # fmt: skip
             if records:
-                first = first_student(self._config).to(self._world.device).eval()
-                self._untrained = self._held_out.gap(first)
+                self._untrained = self._held_out.gap(first_student(self._config).to(self._world.device).eval())
         if self._untrained is None:  # the set holds no held-out prompt yet
             return
         numbers = self._held_out.gap(averaged(state, self._world.device)).numbers()
         untrained = self._untrained.numbers()["gap"]
         log.metric(event="held_out", step=state.step, points=self._held_out.num_points, **numbers,
                    untrained_gap=untrained)  # fmt: skip
-        log.say("held-out gap to the teacher (1: no better than the mean)", gap=f"{numbers['gap']:.4f}",
-                untrained=f"{untrained:.4f}")  # fmt: skip
+        log.say("held-out gap to the teacher (1: no better than the mean)", gap=shown(numbers["gap"]),
+                untrained=shown(untrained))  # fmt: skip
 
     def wants_pictures(self, step: int, *, last: bool) -> bool:
         interval = self._config.sample_interval * self._steps_per_epoch

@@ -178,9 +178,15 @@ def _dispatched(model: Any, place: Place, part: Component) -> Any:
             for path in part.files
             for name in read_header(path)
         }
-    return dispatch_model(
-        model, device_map=dict(place.modules), main_device=place.device, offload_index=index, force_hooks=True
-    )
+    # The map is of stored tensors: what has only buffers of its own (rope) would stay on the host, and each block would
+    # fetch them from there, the host waiting every time.
+    unmapped = [
+        name
+        for name, module in model.named_modules()
+        if [*module.buffers(recurse=False)] and not any(f"{name}.".startswith(f"{top}.") for top in place.modules)
+    ]
+    modules = {**place.modules, **dict.fromkeys(filter(None, unmapped), place.device)}
+    return dispatch_model(model, device_map=modules, main_device=place.device, offload_index=index, force_hooks=True)
 
 
 def _streamed(model: Any, place: Place) -> Any:

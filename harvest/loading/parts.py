@@ -51,6 +51,8 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
                needs: Needs, check: Check = lambda _: "") -> Parts:  # fmt: skip
     """The named networks, the text encoder first, then in the order in which they are needed."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
+    if ":" in device:  # what names no GPU (pinned memory, the driver's questions) must not open another one
+        torch.cuda.set_device(device)
     if config.prepared is not None:
         watch.moved(preparing=str(config.prepared))
         resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log, watch.moved, watch.heed))

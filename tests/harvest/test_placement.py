@@ -384,6 +384,7 @@ def test_an_expert_split_over_cpu_and_disk_computes_the_same(micro_wan: Path, tm
     expected = predicted(loaded(micro_wan, tmp_path, work))
     split = loaded(micro_wan, tmp_path, work, prepared=tmp_path / "ready", placement=SPLIT)
     network = split._networks.model("transformer")
+    assert network.hf_device_map["rope"] == "cpu", "it has only buffers, and wants a device all the same"
     assert all(parameter.is_meta for parameter in network.blocks[1].parameters())
     assert not any(parameter.is_meta for parameter in network.blocks[0].parameters())
     for mine, other in zip(predicted(split), expected, strict=True):

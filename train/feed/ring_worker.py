@@ -70,7 +70,7 @@ def fault_to_json(fault: Fault) -> bytes:
 
 def main(set_path: str, memory_fd: str, channel_fd: str, number: str, options: str) -> None:
     # Who asks the run to stop means the training loop, which ends us when its step is done.
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number_of_signal, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # bulk work: woken, it does not push the training loop aside
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
