@@ -66,6 +66,7 @@ def set_up(config: TrainConfig, world: World, log: Log, stop: StopRequest, *, fo
     """A resumed run keeps its epochs and its global batch, whatever the number of processes is now."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch.backends.cudnn.allow_tf32 = config.precision != "float32"  # else its convolutions keep 10 bits of a float32
     shards = ShardSet.open(config.set, library=config.reader == "library")
     objective = objective_of(config, shards.contract)
     student = open_student(config, shards.contract).to(world.device).train()

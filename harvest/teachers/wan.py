@@ -30,6 +30,8 @@ TEXT_LENGTH = 512
 """The stock pipeline's default; it stands in no file of the folder."""
 ROWS_TOGETHER = 64
 """Compiled, a text's rows come in multiples of it: each length is a shape of its own."""
+KERNEL_KEYS = 8
+"""A GPU's kernels with a bias want the keys in multiples of it."""
 
 
 class WanTeacher:
@@ -139,9 +141,9 @@ class WanTeacher:
     def _text(self, texts: list[Tensor]) -> Text:
         """Zero-padded to the full length, or to what the collapsed padding needs."""
         lengths = [len(text) for text in texts]
-        num_rows = max(lengths) + PADDING_KEYS if self._collapse else self.facts.text_length
-        if self._collapse and self._kernels.is_compiled:
-            num_rows = max(num_rows, min(-(-num_rows // ROWS_TOGETHER) * ROWS_TOGETHER, self.facts.text_length))
+        num_rows = self.facts.text_length
+        if self._collapse:
+            num_rows = keys_of(max(lengths), num_rows, self.device, compiled=self._kernels.is_compiled)
         padded = torch.zeros(len(texts), num_rows, self.facts.text_dim)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
@@ -150,6 +152,14 @@ class WanTeacher:
             return Text(rows=rows)
         bias = padding_bias(lengths, num_rows, self.facts.text_length)
         return Text(rows=rows, bias=sent(bias.to(self._dtype), self.device))
+
+
+def keys_of(longest: int, full_length: int, device: str, *, compiled: bool) -> int:
+    """How many keys texts of at most `longest` rows are given, the two that stand for the padding among them."""
+    num = longest + PADDING_KEYS
+    if compiled:
+        return max(num, min(-(-num // ROWS_TOGETHER) * ROWS_TOGETHER, full_length))
+    return -(-num // KERNEL_KEYS) * KERNEL_KEYS if device.startswith("cuda") else num
 
 
 def facts_of(resolved: Resolved) -> TeacherFacts:

@@ -11,6 +11,7 @@ from harvest.config import TeacherConfig
 from harvest.loading.folder import resolve
 from harvest.teacher import Teacher
 from harvest.teachers import load_teacher
+from harvest.teachers.wan import keys_of
 from harvest.teachers.wan_attention import padding_bias
 
 PROMPTS = ["a red cat", "a", "the large dog in the sea and a small house on the sky with a tree and a star", ""]
@@ -69,3 +70,16 @@ def test_a_harvest_says_how_it_was_computed(micro_set: Path) -> None:
 
     (numerics,) = {receipt.numerics for receipt in ShardSet.open(micro_set).manifest().receipts}
     assert numerics.collapsed_padding and numerics.batched_guidance and numerics.threads == 1
+
+
+def test_keys_come_in_the_multiples_that_kernels_want() -> None:
+    for longest in (1, 6, 7, 62, 63, 500, 511, 512):
+        plain, gpu, compiled = (
+            keys_of(longest, 512, device, compiled=is_compiled)
+            for device, is_compiled in (("cpu", False), ("cuda:0", False), ("cpu", True))
+        )
+        assert plain == longest + 2 and gpu % 8 == 0 and plain <= gpu < plain + 8
+        assert compiled == plain if plain > 512 else compiled % 64 == 0 and plain <= compiled <= 512
+        for rows in (gpu, compiled):
+            bias = padding_bias([longest], rows, 512)[0, 0, 0].double()
+            assert torch.isclose(bias.exp().sum(), torch.tensor(512.0, dtype=torch.float64), rtol=1e-5)
