@@ -85,8 +85,8 @@ def test_workers_killed_while_they_read_change_nothing(shards: ShardSet) -> None
         for number, step in zip(range(40), source, strict=False):
             assert copied(step) == expected[number]
             if number % 4 == 0:
-                kill = [os.kill, rng.choice(pids(source)), signal.SIGKILL]
-                threading.Timer(rng.uniform(0, 0.002), *kill[:1], kill[1:]).start()
+                hand = rng.choice([*source._reader._hands.values()])  # type: ignore[attr-defined]
+                threading.Timer(rng.uniform(0, 0.002), hand.process.kill).start()
     assert sum("died and is replaced" in line for line in said) >= 8
 
 

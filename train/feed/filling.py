@@ -9,6 +9,7 @@ rows -> looked up: noise levels, whose text -> each row's extent straight into i
 """
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from common.shards import ShardSet
 from train.feed.pieces import Piece, Share
 from train.feed.shelf import Facts, Place, Shelf, Shelved, TextName, Texts, item_of
 from train.feed.slots import FINAL, UNFOUND, Slot, Spans, known, prompt_and_length
+
+PATIENCE_S, LOOK_AGAIN_S = 0.05, 0.0002
+"""For another filler that has not come to look up its rows, as long as it does not get on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +104,11 @@ class _Filling:
         self._bad: dict[int, Corrupt] = {}
 
     def read_points(self) -> None:
-        slot, found, rows = self._slot, self._found, self._share.rows(len(self._request))
+        slot, found = self._slot, self._found
+        own, others = self._share.rows(len(self._request))
         # First look-ups, then reads: a read sweeps the caches, a look-up between two would wait for memory.
-        self._look_up(rows[: -(-len(rows) // self._share.num_fillers)])
-        for row in rows:
+        self._look_up(own)
+        for row in [*own, *(row for row in others if self._is_at_hand(self._request[row][0]))]:
             if not slot.points_taken.take(row, self._share.number):
                 continue
             if row not in found:
@@ -127,7 +132,7 @@ class _Filling:
         slot.texts_taken.end_at(len(layout.names))
         slot.inverse[layout.rows] = layout.inverse
         area = slot.text(len(layout.names), layout.longest)
-        for number in self._own_first(layout):
+        for number in self._texts_to_read(layout):
             if slot.texts_taken.take(number, reader):
                 text = self._text(layout, number)
                 slot.lengths[number] = len(text)
@@ -162,7 +167,7 @@ class _Filling:
     def _lay_out(self) -> Layout:
         """From what all have found: who looks up a row too does it because another is not there yet."""
         slot, request = self._slot, self._request
-        self._look_up([row for row, said in enumerate(slot.known.tolist()) if said <= 0])
+        self._look_up(self._unknown_after_a_while())
         told = slot.known.tolist()
         rows = [row for row, said in enumerate(told) if said != UNFOUND]
         numbers: dict[tuple[bytes, int], int] = {}
@@ -177,10 +182,27 @@ class _Filling:
             num_cut=sum(length > most for length in lengths),
         )
 
-    def _own_first(self, layout: Layout) -> Iterable[int]:
-        """Texts whose shard this one has open come first."""
+    def _unknown_after_a_while(self) -> list[int]:
+        """Rows that nobody has found. Others are at their own, and get time for what would take long here too."""
+        until, before = 0.0, len(self._request) + 1
+        while True:
+            unknown = [row for row, said in enumerate(self._slot.known.tolist()) if said <= 0]
+            far = [row for row in unknown if row not in self._bad and not self._is_at_hand(self._request[row][0])]
+            if len(far) < before:
+                until, before = time.monotonic() + PATIENCE_S, len(far)
+            if not far or time.monotonic() > until:
+                return unknown
+            time.sleep(LOOK_AGAIN_S)
+
+    def _texts_to_read(self, layout: Layout) -> Iterable[int]:
+        """Its own rows', then what others may not have come to."""
         own = dict.fromkeys(whose for row, whose in zip(layout.rows, layout.inverse, strict=True) if row in self._found)
-        return dict.fromkeys([*own, *range(len(layout.names))])
+        others = [number for number, name in enumerate(layout.names) if self._is_at_hand(name[0])]
+        return dict.fromkeys([*own, *others])
+
+    def _is_at_hand(self, stem: bytes) -> bool:
+        """Helping others is no help where a shard must be opened for it: they open it too."""
+        return self._filler.shelf.holds(stem)
 
     def _text(self, layout: Layout, number: int) -> Array:
         """A damaged one is empty, and costs its samples."""

@@ -2,9 +2,9 @@
 
     filled = finished(slot, [filler.fill(slot, progress, Share(number, 3)) for number in range(3)])
 
-They share no lock. Each looks up its part of the rows, then takes points and texts that nobody has taken yet (Marks in
-train/feed/slots.py), so who is held up leaves more to the others; two that take the same thing at once write the same
-bytes. Nobody concludes from a mark that bytes are there: that is known when all have answered.
+They share no lock. Each looks up its own rows and reads them, then those of others whose shards it has open, but only
+what nobody has taken yet (Marks in train/feed/slots.py): who is held up leaves more to the others. Two that take the
+same thing at once write the same bytes. Nobody concludes from a mark that bytes are there: all have answered then.
 
 `on_corrupt: skip` puts the next good sample of the same micro-batch (the first, after the last) in the place of a
 damaged one: the shape stays, nothing is weighted apart, and the result is a function of the micro-batch alone. A
@@ -27,10 +27,11 @@ class Share(NamedTuple):
     number: int
     num_fillers: int
 
-    def rows(self, num_samples: int) -> list[int]:
-        """All of them, its own part first."""
-        begin = self.number * num_samples // self.num_fillers
-        return [*range(begin, num_samples), *range(begin)]
+    def rows(self, num_samples: int) -> tuple[list[int], list[int]]:
+        """Its own, which together with all others' own are all; and the others', from its own on."""
+        begin, count = self.number * num_samples // self.num_fillers, -(-num_samples // self.num_fillers)
+        rows = [*range(begin, num_samples), *range(begin)]
+        return rows[:count], rows[count:]
 
 
 ALONE = Share(0, 1)

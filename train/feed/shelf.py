@@ -65,6 +65,9 @@ class Shelf:
     def shard(self, stem: bytes) -> Shelved:
         return self._open.get(stem) or self._opened(stem)
 
+    def holds(self, stem: bytes) -> bool:
+        return stem in self._open
+
     def _opened(self, stem: bytes) -> Shelved:
         shelved = self._open[stem] = self._shelved(self._shards.read(self._receipt(stem.decode())))
         is_whole = isinstance(shelved.reader, LibraryReader)
