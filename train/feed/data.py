@@ -33,7 +33,7 @@ from train.feed.reading import Part, PartReader, ThreadReader
 from train.feed.ring import Ring
 from train.feed.slots import Slot, SlotPlan, Spans
 
-MOST_AHEAD = 4
+MOST_AHEAD = 3
 """Steps that are kept ready for a loop that is slower than its readers: what a disk's hiccup may cost."""
 
 
