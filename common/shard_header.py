@@ -50,7 +50,7 @@ class ShardHeader:
         return np.concatenate([[0], np.cumsum(self.text_lengths)[:-1]]).astype(np.int64)
 
     def text_rows(self, prompt: int) -> slice:
-        start = int(self.text_starts[prompt])
+        start = sum(self.text_lengths[:prompt])  # a tenth of what an array of all starts takes
         return slice(start, start + self.text_lengths[prompt])
 
     def to_json(self) -> dict[str, Any]:
