@@ -10,19 +10,20 @@ import io
 
 import numpy as np
 
-from common.files import pieces, write_atomic, write_folder
+from common.files import pieces, write_atomic
 from common.shards import ASSETS, ShardSet
 from harvest.loading.folder import Resolved
 from harvest.teacher import Teacher
 
+VAE_CONFIG = f"{ASSETS}/vae/config.json"
+
 
 def leave_assets(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:
-    """Idempotent: what is there is kept."""
+    """Idempotent: what is there is kept. The VAE's config.json comes last: without it, the folder is a part of one."""
     folder = shards.path / ASSETS
-    if not (folder / "vae").exists():
-        vae = resolved.components["vae"]
-        paths = [resolved.folder / "vae" / "config.json", *vae.files]
-        write_folder(folder / "vae", {path.name: pieces(path) for path in paths})
+    if not (shards.path / VAE_CONFIG).exists():
+        for path in [*resolved.components["vae"].files, resolved.folder / "vae" / "config.json"]:
+            write_atomic(folder / "vae" / path.name, pieces(path))
     if not (folder / "negative.npy").exists():
         rows = teacher.encode([shards.contract.negative_prompt])[0].numpy().astype(shards.contract.storage_dtype)
         buffer = io.BytesIO()

@@ -11,9 +11,11 @@ its micro-batch, and who asks for one again must know what was walked with it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
+from common.errors import Refused
 from common.files import write_atomic
 from common.manifest import Manifest
 from common.shards import MOVED, QUARANTINE
@@ -36,9 +38,16 @@ class Note:
         return {fault["key"] for fault in self.faults}
 
     def write(self, set_dir: Path) -> None:
+        write_atomic(set_dir / QUARANTINE / f"{self.item}.json", self.to_json())
+
+    def to_json(self) -> bytes:
         values = asdict(self)
         del values["item"]
-        write_atomic(set_dir / QUARANTINE / f"{self.item}.json", json.dumps(values, indent=1).encode())
+        return json.dumps(values, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, item: str, data: bytes) -> Self:
+        return cls(item=item, **json.loads(data))
 
 
 def notes_of(set_dir: Path) -> list[Note]:
@@ -58,7 +67,16 @@ def note_of(set_dir: Path, item: str) -> Note | None:
 
 
 def _read(path: Path) -> Note:
-    return Note(item=path.stem, **json.loads(path.read_bytes()))
+    return Note.from_json(path.stem, path.read_bytes())
+
+
+def joined(note: Note, other: Note) -> Note:
+    """What two places say of one walk: what was mended in either of them is mended."""
+    if note.shard != other.shard:
+        raise Refused(wrong=f"item {note.item} was walked twice, and other records were set aside",
+                      found=f"the good ones are shard {note.shard} there, {other.shard} here",
+                      mend="carry into another folder")  # fmt: skip
+    return replace(note, faults=[fault for fault in note.faults if fault["key"] in other.bad_keys])
 
 
 def remove_note(set_dir: Path, item: str) -> None:

@@ -86,9 +86,10 @@ def whole_batches(item: WorkItem, keys: Collection[str], micro_batch: int) -> Wo
     return replace(item, questions=tuple(question for group in wanted for question in group))
 
 
-def walked_as(task: Task, keys: Collection[str], item_id: str) -> WorkItem:
-    """What was walked when the shard `item_id` with these keys was made: what a note says, where some of it were set
-    aside; its planned item; or these keys alone, where the others had been there before."""
+def walked_as(task: Task, keys: Collection[str], item_id: str) -> tuple[WorkItem, bool]:
+    """What was walked when the shard `item_id` with these keys was made, and whether that is known: its planned item,
+    or what a note says. Else it is these keys alone, as where the others had been there before: then other bits may
+    come back. A part of a merged set, or one whose note was lost, had other neighbours."""
     holders = [item for item in task.plan.items if any(question.key in keys for question in item.questions)]
     if len(holders) != 1 or not set(keys) <= {question.key for question in holders[0].questions}:
         raise Refused(
@@ -98,7 +99,9 @@ def walked_as(task: Task, keys: Collection[str], item_id: str) -> WorkItem:
         )
     (holder,) = holders
     if holder.id == item_id:
-        return holder
+        return holder, True
     notes = sorted(notes_of(task.config.out), key=lambda note: note.shard != item_id)  # first who names this very shard
-    together = next((note.walked for note in notes if set(keys) <= set(note.walked)), keys)
-    return replace(holder, questions=tuple(question for question in holder.questions if question.key in together))
+    together = next((note.walked for note in notes if set(keys) <= set(note.walked)), None)
+    walked = keys if together is None else together
+    questions = tuple(question for question in holder.questions if question.key in walked)
+    return replace(holder, questions=questions), together is not None

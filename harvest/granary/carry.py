@@ -2,12 +2,14 @@
 
     for receipt in carry(LocalPlace(a), LocalPlace(b)): ...
 
-contract and assets, then per item its files, each read back and compared with the receipt, then the receipt: at every
-moment the target is a valid set. A Place is five small methods; an object store is another class of them.
+contract, assets and the notes on what was set aside, then per item its files, each read back and compared with the
+receipt, then the receipt: at every moment the target is a valid set. What stands whole at the target is never replaced,
+but by what names it as superseded. A Place is six small methods; an object store is another class of them.
 """
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +17,11 @@ from typing import Protocol
 import google_crc32c
 
 from common.errors import Corrupt, Refused
-from common.files import pieces, write_atomic
+from common.files import FULL, pieces, sweep, write_atomic
 from common.manifest import Receipt
-from common.shards import ASSETS, CONTRACT_NAME, MOVED, RECEIPTS, SHARDS
+from common.shards import ASSETS, CONTRACT_NAME, LEFT_OVER_AFTER_S, MOVED, QUARANTINE, RECEIPTS, SHARDS
+from harvest.assets import VAE_CONFIG
+from harvest.quarantine import Note, joined
 
 
 class Place(Protocol):
@@ -35,6 +39,9 @@ class Place(Protocol):
 
     def remove(self, name: str) -> None: ...
 
+    def shares(self, other: "Place") -> bool:
+        """Whether what is removed here is gone there."""
+
 
 class LocalPlace:
     """A folder."""
@@ -44,7 +51,8 @@ class LocalPlace:
 
     def names(self, prefix: str) -> list[str]:
         files = (path for path in (self.root / prefix).rglob("*") if path.is_file())
-        return sorted(str(path.relative_to(self.root)) for path in files if not path.name.startswith("."))
+        names = (path.relative_to(self.root) for path in files)
+        return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
 
     def read(self, name: str) -> Iterator[bytes]:
         return pieces(self.root / name)
@@ -62,30 +70,100 @@ class LocalPlace:
         for folder in path.parents:  # a Zarr shard is a folder: it goes with its last file
             if folder.parent.name == SHARDS or folder.parent.parent.name == SHARDS:
                 with contextlib.suppress(OSError):
+                    sweep(folder, older_than_s=LEFT_OVER_AFTER_S)  # of a copy that was killed
                     folder.rmdir()
+
+    def shares(self, other: Place) -> bool:
+        """Also under another name, of the folder or of those in it."""
+        return isinstance(other, LocalPlace) and any(
+            os.path.samefile(self.root / name, other.root / name)
+            for name in ("", RECEIPTS, SHARDS)
+            if (self.root / name).exists() and (other.root / name).exists()
+        )
 
 
 def carry(source: Place, target: Place, *, free: bool = False) -> Iterator[Receipt]:
-    """Copy what the target lacks; yields each receipt as its shard has arrived. With `free` the source keeps, of what
+    """Copy what the target lacks; yields each receipt as its shard stands there. With `free` the source keeps, of what
     arrived, only a note under moved/: it is still known to be done."""
+    require_apart(source, target)
     contract = b"".join(source.read(CONTRACT_NAME))
     if target.size(CONTRACT_NAME) is not None and b"".join(target.read(CONTRACT_NAME)) != contract:
         raise Refused(wrong="the target holds a set of another contract", found=CONTRACT_NAME, mend="carry elsewhere")
     target.write(CONTRACT_NAME, iter([contract]))
-    for name in source.names(ASSETS):
+    for name in sorted(source.names(ASSETS), key=lambda name: name == VAE_CONFIG):  # that one last: harvest/assets.py
         if target.size(name) != source.size(name):
             target.write(name, source.read(name))
-    for name in source.names(RECEIPTS):
+    committed = source.names(RECEIPTS)
+    carry_notes(source, target)  # those of every receipt that has just been seen, and before it
+    for name in committed:
         data = b"".join(source.read(name))
         receipt = Receipt.from_json(data, source=name)
-        keys = _keys(source, receipt) if free else ()
-        if target.size(name) is None or b"".join(target.read(name)) != data:
-            for part, (size, crc) in receipt.files.items():
-                _carry_file(source, target, f"{SHARDS}/{receipt.stem}{part}", size, crc)
+        there = _standing(target, name)
+        if there is None or receipt.supersedes == there.digest:
+            _carry_shard(source, target, receipt)
             target.write(name, iter([data]))
+            if there is not None and there.stem != receipt.stem:
+                _remove_shard(target, there)
+            there = receipt
+        _require_same(receipt, there)
         if free:
-            _free(source, target, receipt, name, keys)
-        yield receipt
+            _free(source, target, receipt, there)
+        yield there
+
+
+def require_apart(source: Place, target: Place) -> None:
+    """A set that is carried into itself and freed would be gone."""
+    if source.shares(target):
+        raise Refused(wrong="OUT is the set itself, or shares a folder with it", found="one folder under two names",
+                      mend="name another folder")  # fmt: skip
+
+
+def carry_notes(source: Place, target: Place) -> None:
+    """Who asks for a record again must know what was walked with it. A note whose good ones were never committed at
+    the target does not count there."""
+    for name in source.names(QUARANTINE):
+        mine, theirs = (_note(place, name) for place in (source, target))
+        assert mine is not None, "it has just been named"
+        if theirs is not None and _counts(target, theirs):
+            mine = joined(theirs, mine)
+        if mine != theirs:
+            target.write(name, iter([mine.to_json()]))
+
+
+def _note(place: Place, name: str) -> Note | None:
+    return None if place.size(name) is None else Note.from_json(Path(name).stem, b"".join(place.read(name)))
+
+
+def _counts(place: Place, note: Note) -> bool:
+    homes = [f"{folder}/{note.shard}.json" for folder in (RECEIPTS, MOVED)]
+    return note.shard is None or any(place.size(home) is not None for home in homes)
+
+
+def _standing(target: Place, name: str) -> Receipt | None:
+    """A damaged receipt, or one whose shard is not all there, is none."""
+    if target.size(name) is None:
+        return None
+    try:
+        receipt = Receipt.from_json(b"".join(target.read(name)), source=name)
+    except Corrupt:
+        return None
+    sizes = {f"{SHARDS}/{receipt.stem}{part}": size for part, (size, _) in receipt.files.items()}
+    return receipt if all(target.size(part) == size for part, size in sizes.items()) else None
+
+
+def _require_same(receipt: Receipt, there: Receipt) -> None:
+    """The same records, in whatever container, or those of a later repair."""
+    if receipt.digest not in (there.digest, there.supersedes):
+        raise Refused(
+            wrong=f"item {receipt.item} stands at the target with other records",
+            found=f"digest {there.digest[:8]} there, {receipt.digest[:8]} here",
+            mend="carry into another folder, or remove the receipt of the one that is not wanted",
+        )
+
+
+def _carry_shard(source: Place, target: Place, receipt: Receipt) -> None:
+    for part, (size, crc) in receipt.files.items():
+        _carry_file(source, target, f"{SHARDS}/{receipt.stem}{part}", size, crc)
 
 
 def _carry_file(source: Place, target: Place, name: str, size: int, crc: int) -> None:
@@ -101,18 +179,31 @@ def _carry_file(source: Place, target: Place, name: str, size: int, crc: int) ->
                       mend="verify the source, then run the same command again")  # fmt: skip
 
 
-def _free(source: Place, target: Place, receipt: Receipt, name: str, keys: tuple[str, ...]) -> None:
-    """Only what stands whole at the target is removed here; the note comes first."""
-    for part, (size, crc) in receipt.files.items():
-        if _crc(target, f"{SHARDS}/{receipt.stem}{part}") != crc:
+def _free(source: Place, target: Place, receipt: Receipt, there: Receipt) -> None:
+    """Only what stands whole at the target is removed here. The note comes first; where a full disk has no room for it,
+    the shard does. The receipt goes last: killed before, the same command frees the rest."""
+    name = f"{RECEIPTS}/{receipt.item}.json"
+    for part, (size, crc) in there.files.items():
+        if _crc(target, f"{SHARDS}/{there.stem}{part}") != crc:
             target.remove(name)  # without its receipt the shard is copied again
-            raise Corrupt(wrong=f"{receipt.stem}{part} is damaged at the target", found=f"not {size} whole bytes",
+            raise Corrupt(wrong=f"{there.stem}{part} is damaged at the target", found=f"not {size} whole bytes",
                           mend="run the same command again")  # fmt: skip
-    note = {"item": receipt.item, "digest": receipt.digest, "keys": list(keys)}
-    source.write(f"{MOVED}/{receipt.item}.json", iter([json.dumps(note).encode()]))
+    values = {"item": there.item, "digest": there.digest, "keys": list(_keys(target, there))}
+    note, data = f"{MOVED}/{receipt.item}.json", json.dumps(values).encode()
+    try:
+        source.write(note, iter([data]))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _remove_shard(source, receipt)
+        source.write(note, iter([data]))
+    _remove_shard(source, receipt)
     source.remove(name)
+
+
+def _remove_shard(place: Place, receipt: Receipt) -> None:
     for part in receipt.files:
-        source.remove(f"{SHARDS}/{receipt.stem}{part}")
+        place.remove(f"{SHARDS}/{receipt.stem}{part}")
 
 
 def _crc(place: Place, name: str) -> int:
@@ -123,7 +214,7 @@ def _crc(place: Place, name: str) -> int:
 
 
 def _keys(place: Place, receipt: Receipt) -> tuple[str, ...]:
-    """The item's keys, from the header at the source."""
+    """The item's keys, from its header."""
     part = ".idx" if receipt.container == "tar" else ".zarr/zarr.json"
     values = json.loads(b"".join(place.read(f"{SHARDS}/{receipt.stem}{part}")))
     header = values["header"] if receipt.container == "tar" else values["attributes"]["shard"]

@@ -72,6 +72,7 @@ def _from_shard(shards: ShardSet, path: Path) -> Receipt:
         str(part)[len(str(stem)) :]: part.read_bytes()
         for top in shards.shards_dir.glob(f"{stem.name}.*")
         for part in ([top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file()))
+        if not part.name.startswith(TEMPORARY_PREFIX)  # what a killed copy left inside
     }
     receipt = make_receipt(shard, shards.contract, container, dict(sorted(files.items())))
     return replace(receipt, stem=stem.name)  # the name that it has, whatever a writer of today would call it

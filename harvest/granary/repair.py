@@ -4,6 +4,7 @@
 
 With equal numerics a shard comes back with the digest that its receipt names, byte for byte. Where it does not (other
 numerics, or hardware that erred then or errs now), it is a new generation whose receipt names what it supersedes.
+What does not come back, or was not made by this plan, is said, and the others are mended all the same.
 The old shard goes when the new one can take its place: killed in between, the item is not committed, and asked again.
 A record that was set aside and is sound now is committed as a shard of its own, and leaves its note's faults.
 """
@@ -11,9 +12,10 @@ A record that was set aside and is sound now is committed as a shard of its own,
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from common.errors import Partial
+from common.errors import Corrupt, Fault, Partial, Refused
 from common.files import sync_folder, write_atomic
 from common.manifest import Receipt
 from common.shard_header import pack_records
@@ -35,23 +37,31 @@ def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
     lost = {damage.item for damage in damages if damage.pieces == LOST_RECEIPT}
     items = sorted({damage.item for damage in damages} - lost)
     notes = [note for note in notes_that_count(set_dir, shards.manifest()) if note.faults]
+    faults: list[Fault] = []
     if items or notes:
         with asked_again(task) as asked:
-            for item in items:
-                yield _mend(asked, item)
-            for note in notes:
-                yield _ask_once_more(asked, note)
+            questions = [partial(_mend, asked, item) for item in items]
+            questions += [partial(_ask_once_more, asked, note) for note in notes]
+            for ask in questions:
+                try:
+                    yield ask()
+                except (Partial, Refused, Corrupt) as fault:
+                    faults.append(fault)
+                    yield str(fault)
     for made in rebuild(shards) if lost else ():
         yield f"item {made.item}: receipt made again" if isinstance(made, Receipt) else str(made)
     if not damages and not notes:
         yield "nothing is damaged, nothing is quarantined"
+    if faults:
+        raise faults[0]
 
 
-def _mend(asked: Asked, item: str) -> str:
+def _mend(asked: Asked, damaged: str) -> str:
     shards, task = asked.shards, asked.task
-    old = Receipt.read(shards.receipt_path(item))
+    old = Receipt.read(shards.receipt_path(damaged))
     keys = _keys(shards, old, task)
-    walked = {record.key: record for record in asked.records(keys, [walked_as(task, keys, old.item)])}
+    item, is_known = walked_as(task, keys, old.item)
+    walked = {record.key: record for record in asked.records(keys, [item])}
     good, faults = Health(shards, 1.0, asked.log).sift([walked[key] for key in keys])
     if faults:
         raise Partial(wrong=f"item {old.item} does not come back", found=f"{faults[0]['key']}: {faults[0]['where']}",
@@ -64,12 +74,17 @@ def _mend(asked: Asked, item: str) -> str:
         how = "as it was, byte for byte" if new == old else "with the same records"
     else:
         new = replace(new, supersedes=old.digest)
-        same = asked.numerics == old.numerics
-        how = f"a new generation that supersedes {old.digest[:8]}: " + (
-            "EQUAL NUMERICS, OTHER VALUES: hardware erred then or errs now" if same else "other numerics"
-        )
+        how = f"a new generation that supersedes {old.digest[:8]}: {_why(asked.numerics == old.numerics, is_known)}"
     _replace(shards, old, new, files)
     return f"item {old.item}: {len(good)} records, {how}"
+
+
+def _why(same_numerics: bool, is_known: bool) -> str:
+    if not same_numerics:
+        return "other numerics"
+    if not is_known:
+        return "nothing says what was walked with these records"
+    return "EQUAL NUMERICS, OTHER VALUES: hardware erred then or errs now"
 
 
 def _replace(shards: ShardSet, old: Receipt, new: Receipt, files: dict[str, bytes]) -> None:
@@ -108,7 +123,7 @@ def _ask_once_more(asked: Asked, note: Note) -> str:
         replace(note, faults=[]).write(asked.shards.path)
         return f"quarantine {note.item}: what it names is asked for no more"
     health = Health(asked.shards, 1.0, asked.log)
-    item = walked_as(asked.task, keys, note.item)
+    item, _ = walked_as(asked.task, keys, note.item)
     walked = list(asked.records(keys, [item]))
     missing = [] if asked.pictures is None else asked.pictures.faults(item)
     good, faults = health.sift(walked, [fault for fault in missing if fault["key"] in keys])

@@ -4,23 +4,27 @@
     merge([a, b], out_dir)                               one set of several with one contract; each key once
     subset(source, out_dir, Choice(prompts=("*cat*",)))  records by prompt, size, held-out; points by noise level
 
-Each goes on where it was stopped: what the target holds already is not done again.
+Each goes on where it was stopped: what the target holds already is not done again. What is whole in the sources is
+taken, as of a set that is being copied; what is not is named at the end, where it is read: Partial.
 """
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.errors import Partial
 from common.files import pieces, write_atomic, write_folder
-from common.manifest import Receipt
-from common.record import Array, Contract
-from common.shard_header import PackedShard, record_of
+from common.manifest import Manifest, Receipt
+from common.record import Array, Contract, item_id
+from common.shard_header import PackedShard, ShardHeader, record_of
 from common.shard_reader import check_records
 from common.shards import ASSETS, ShardSet, is_held_out
+from harvest.granary.carry import LocalPlace, carry_notes, require_apart
+from harvest.plan import moved_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,38 +55,45 @@ class Choice:
 
 
 def convert(source: ShardSet, out_dir: Path, container: str) -> ShardSet:
-    out = _target(out_dir, source, source.contract)
-    for receipt in _missing(source, out):
+    out, manifest = _target(out_dir, [source], source.contract), source.manifest()
+    carry_notes(LocalPlace(source.path), LocalPlace(out_dir))
+    for receipt in _missing(manifest, out):
         out.commit_packed(_checked(source, receipt), container)
+    _require_all([source], [manifest], out)
     return out
 
 
 def merge(sources: Sequence[ShardSet], out_dir: Path) -> ShardSet:
     """In the order given: a record that an earlier set holds is not taken from a later one."""
-    out = _target(out_dir, sources[0], sources[0].contract)
-    held = {key for receipt in out.manifest().receipts for key in out.read(receipt).header.keys}
-    for source in sources:
+    out = _target(out_dir, sources, sources[0].contract)
+    manifests = [source.manifest() for source in sources]
+    held = _keys(out)
+    for source, manifest in zip(sources, manifests, strict=True):
         source.require(out.contract)
-        for receipt in _missing(source, out):
-            shard = _checked(source, receipt)
-            new = np.array([key not in held for key in shard.header.keys])
+        for receipt in _missing(manifest, out):
+            keys = source.read(receipt).header.keys
+            new = np.array([key not in held for key in keys])
             if new.any():
-                out.commit_packed(take(shard, np.flatnonzero(new), out.contract), receipt.container)
-                held |= set(shard.header.keys)
+                out.commit_packed(take(_checked(source, receipt), np.flatnonzero(new), out.contract), receipt.container)
+                held |= set(keys)
+    _require_all(sources, manifests, out)
     return out
 
 
 def subset(source: ShardSet, out_dir: Path, choice: Choice) -> ShardSet:
-    out = _target(out_dir, source, choice.contract(source.contract))
-    for receipt in source.manifest().receipts:
+    out, manifest = _target(out_dir, [source], choice.contract(source.contract)), source.manifest()
+    there = out.manifest().by_item
+    for receipt in manifest.receipts:
         header = source.read(receipt).header
         size = (header.height, header.width)
         wanted = [i for i, prompt in enumerate(header.prompt_of) if choice.wants(header.prompts[prompt], size)]
-        if not wanted:
-            continue
-        shard = _checked(source, receipt)
-        for rows, points in _by_points(shard, np.array(wanted), choice):
-            out.commit_packed(take(shard, rows, out.contract, points=points), receipt.container)
+        parts = _by_points(header, np.array(wanted), choice) if wanted else []
+        parts = [part for part in parts if item_id([header.keys[row] for row in part[0]]) not in there]
+        if parts:
+            shard = _checked(source, receipt)
+            for rows, points in parts:
+                out.commit_packed(take(shard, rows, out.contract, points=points), receipt.container)
+    _require_all([source], [manifest], out)
     return out
 
 
@@ -114,14 +125,12 @@ def take(shard: PackedShard, rows: Array, contract: Contract, *, points: Array |
     return dataclasses.replace(cut, header=dataclasses.replace(cut.header, digests=digests))
 
 
-def _by_points(shard: PackedShard, rows: Array, choice: Choice) -> list[tuple[Array, Array]]:
+def _by_points(header: ShardHeader, rows: Array, choice: Choice) -> list[tuple[Array, Array]]:
     """Rows grouped by how many of their points are wanted: a shard has one K."""
     if choice.sigmas is None:
-        return [(rows, np.tile(np.arange(shard.header.sigmas.shape[1]), (len(rows), 1)))]
+        return [(rows, np.tile(np.arange(header.sigmas.shape[1]), (len(rows), 1)))]
     low, high = choice.sigmas
-    chosen = {
-        int(row): np.flatnonzero((shard.header.sigmas[row] >= low) & (shard.header.sigmas[row] < high)) for row in rows
-    }
+    chosen = {int(row): np.flatnonzero((header.sigmas[row] >= low) & (header.sigmas[row] < high)) for row in rows}
     counts = sorted({len(points) for points in chosen.values()} - {0})
     return [
         (np.array(group), np.stack([chosen[row] for row in group]))
@@ -130,10 +139,12 @@ def _by_points(shard: PackedShard, rows: Array, choice: Choice) -> list[tuple[Ar
     ]
 
 
-def _target(out_dir: Path, source: ShardSet, contract: Contract) -> ShardSet:
-    """The set to fill, with the source's assets."""
+def _target(out_dir: Path, sources: Sequence[ShardSet], contract: Contract) -> ShardSet:
+    """The set to fill, with the first source's assets."""
+    for source in sources:
+        require_apart(LocalPlace(source.path), LocalPlace(out_dir))
     out = ShardSet.create(out_dir, contract)
-    assets = source.path / ASSETS
+    assets = sources[0].path / ASSETS
     for folder in sorted(path for path in assets.iterdir() if path.is_dir()) if assets.is_dir() else []:
         if not (out.path / ASSETS / folder.name).exists():
             files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -144,9 +155,35 @@ def _target(out_dir: Path, source: ShardSet, contract: Contract) -> ShardSet:
     return out
 
 
-def _missing(source: ShardSet, out: ShardSet) -> list[Receipt]:
+def _missing(manifest: Manifest, out: ShardSet) -> list[Receipt]:
     there = out.manifest().by_item
-    return [receipt for receipt in source.manifest().receipts if receipt.item not in there]
+    return [receipt for receipt in manifest.receipts if receipt.item not in there]
+
+
+def _require_all(sources: Sequence[ShardSet], manifests: Sequence[Manifest], out: ShardSet) -> None:
+    """Whoever deletes a source afterwards would lose what was not whole in it, or had been carried elsewhere."""
+    there, lost = out.manifest().by_item, []
+    for source, manifest in zip(sources, manifests, strict=True):
+        why = dict.fromkeys(manifest.absent, "is not whole")
+        why |= dict.fromkeys(_elsewhere(moved_keys(source), manifest, out), "was carried elsewhere")
+        lost += [f"{source.path}: {item} {what}" for item, what in why.items() if item not in there]
+    if lost:
+        raise Partial(
+            wrong=f"{out.path} lacks {len(lost)} items of what it was made from",
+            found="; ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
+            mend="`python -m harvest verify` and `rebuild` them, or `pull` them back; then run the same command again",
+        )
+
+
+def _elsewhere(moved: Mapping[str, Sequence[str]], manifest: Manifest, out: ShardSet) -> list[str]:
+    """Of the items that were freed: those that neither came back nor stand in `out` by way of another source."""
+    gone = {item: keys for item, keys in moved.items() if item not in manifest.by_item}
+    held = _keys(out) if gone else set()
+    return [item for item, keys in gone.items() if not held >= set(keys)]
+
+
+def _keys(shards: ShardSet) -> set[str]:
+    return {key for receipt in shards.manifest().receipts for key in shards.read(receipt).header.keys}
 
 
 def _checked(source: ShardSet, receipt: Receipt) -> PackedShard:
