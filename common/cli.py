@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from common.errors import Fault
+from common.errors import Fault, Partial
+from common.files import FULL
 
 
 class Duration(click.ParamType):
@@ -73,6 +74,11 @@ class LazyGroup(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
-        except Fault as fault:
-            click.echo(f"{self.name}: {fault}", err=True)
-            sys.exit(fault.exit_code)
+        except Fault as told:
+            fault = told
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            fault = Partial(wrong="no space left", found=str(error), mend="make room, and run the same command again")
+        click.echo(f"{self.name}: {fault}", err=True)
+        sys.exit(fault.exit_code)

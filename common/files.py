@@ -1,6 +1,7 @@
 """The one seam through which our bytes reach the disk.
 
     write_atomic(path, b"...")                      temporary name -> write -> fsync -> rename -> fsync of the folder
+    write_new(path, b"...")                         the same, for the first who comes
     write_folder(path, {"a/b": b"...", "c": ...})   the same for a folder of files: it appears whole or not at all
 
 A file under its final name is whole, also after a power cut. Nothing else in the product opens a file for writing
@@ -20,12 +21,14 @@ TEMPORARY_PREFIX = ".tmp-"
 PIECE_BYTES = 1 << 22
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a disk answers that is full."""
+WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system answers that knows one name a file; there the second of two at once wins."""
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Iterable[Bytes]
 
 
-# The three calls that fault-injection tests replace. All writing below goes through them.
+# The four calls that fault-injection tests replace. All writing below goes through them.
 def _write(fd: int, data: Bytes) -> int:
     return os.write(fd, data)
 
@@ -38,6 +41,10 @@ def _rename(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
+def _link(source: Path, target: Path) -> None:
+    os.link(source, target)
+
+
 def write_atomic(path: Path, content: Content) -> None:
     """Put `content` at `path`, replacing what is there: readers see the old file or the new one, never a part."""
     temporary = _temporary_beside(path)
@@ -48,6 +55,25 @@ def write_atomic(path: Path, content: Content) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, content: Content) -> None:
+    """The same where nothing stands yet: of those who come at once one succeeds, the others get FileExistsError."""
+    temporary = _temporary_beside(path)
+    try:
+        _write_synced(temporary, content)
+        try:
+            _link(temporary, path)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            if path.exists():
+                raise FileExistsError(path) from None
+            _rename(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     sync_folder(path.parent)
 
 
@@ -77,6 +103,13 @@ def write_folder(path: Path, files: Mapping[str, Content | Path]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Take what stands at `path` from its final name, for `sweep` to clear; returns where it is until then."""
+    aside = _temporary_beside(path)
+    _rename(path, aside)
+    return aside
 
 
 def replace_quietly(path: Path, content: Bytes) -> None:

@@ -9,6 +9,7 @@ set/ contract.json  receipts/<item>.json  shards/<item>-<of its bytes>.zarr|.tar
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,7 +21,8 @@ import numpy as np
 
 from common.errors import BadUsage, Corrupt, Refused
 from common.extents import crc32c
-from common.files import sweep, sync_folder, write_atomic, write_folder
+from common.files import set_aside, sweep, sync_folder, write_atomic, write_folder, write_new
+from common.log import Log
 from common.manifest import MAX_RECORDS, Manifest, Receipt, fold, whole_receipt
 from common.record import Contract, Numerics, Record
 from common.shard_header import PackedShard, pack_records, record_of, three_digits
@@ -36,6 +38,7 @@ CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE, MOVED = (
     "moved",
 )
 LEFT_OVER_AFTER_S = 3600.0
+TRIES = 5
 
 
 def is_held_out(prompt: str) -> bool:
@@ -109,7 +112,14 @@ class ShardSet:
         files = CONTAINERS[container].pack(shard)
         receipt = make_receipt(shard, self.contract, container, files)
         self.place(receipt, files)
-        write_atomic(receipt_path, receipt.to_json())
+        try:
+            write_new(receipt_path, receipt.to_json())
+        except FileExistsError:
+            committed = whole_receipt(receipt_path, f"{self.shards_dir}/")
+            if committed:
+                Log("shards").say(f"item {receipt.item} was committed by another writer meanwhile")
+                return committed
+            write_atomic(receipt_path, receipt.to_json())
         return receipt
 
     def read(self, receipt: Receipt, *, library: bool = False) -> ShardReader:
@@ -130,20 +140,33 @@ class ShardSet:
 
     def place(self, receipt: Receipt, files: dict[str, bytes]) -> None:
         """The shard's files under their final names, which say their content: what stands there already, by a
-        writer that was killed before its receipt, is ours if its bytes are."""
+        writer that was killed before its receipt, is ours if its bytes are. Else it is a part of a copy, or torn."""
         folders: dict[str, dict[str, bytes]] = {}
         for name, data in files.items():
             top, _, rest = name.partition("/")
             folders.setdefault(top, {})[rest] = data
         for top, parts in folders.items():
             path = self.shards_dir / (receipt.stem + top)
-            try:
-                write_folder(path, parts) if "" not in parts else _write_new(path, parts[""])
-            except OSError as error:
-                if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
-                    raise
-                _require_equal(path, parts)
-                sync_folder(self.shards_dir)  # whoever put it there may not have come to this
+            for _ in range(TRIES):  # a copy under way may come back with its next file
+                if _is_put(path, parts):
+                    break
+                self._set_aside(path, receipt)
+            else:
+                raise Corrupt(wrong=f"{path} cannot be written", found="somebody else puts other bytes there",
+                              mend="stop the copy, and run again")  # fmt: skip
+
+    def _set_aside(self, path: Path, receipt: Receipt) -> None:
+        """What no whole receipt names does not exist, whatever its name says."""
+        committed = whole_receipt(self.receipt_path(receipt.item), f"{self.shards_dir}/")
+        if committed and committed.stem == receipt.stem:
+            raise Corrupt(
+                wrong=f"{path} has the name of what was to be written, and other bytes",
+                found="a committed shard that was altered",
+                mend="run `python -m harvest repair SET CONFIG`",
+            )
+        with contextlib.suppress(FileNotFoundError):  # somebody else's turn
+            aside = set_aside(path)
+            Log("shards").say(f"{path.name} is not whole and not committed: written again", old=aside.name)
 
 
 def make_receipt(shard: PackedShard, contract: Contract, container: str, files: dict[str, bytes]) -> Receipt:
@@ -181,18 +204,21 @@ def _guided_std(shard: PackedShard, contract: Contract) -> float:
     return float(np.sqrt(max(sums[2] / sums[0] - (sums[1] / sums[0]) ** 2, 0.0)))
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    if path.exists():
-        raise FileExistsError(path)
-    write_atomic(path, data)
+def _is_put(path: Path, parts: dict[str, bytes]) -> bool:
+    """Whether these bytes stand there now, for good: put there, or found."""
+    try:
+        write_folder(path, parts) if "" not in parts else write_new(path, parts[""])
+    except OSError as error:
+        if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
+            raise
+        if not _holds(path, parts):
+            return False
+        sync_folder(path.parent)  # whoever put it there may not have come to this
+    return True
 
 
-def _require_equal(path: Path, parts: dict[str, bytes]) -> None:
-    for name, data in parts.items():
-        part = path / name if name else path
-        if not part.is_file() or part.read_bytes() != data:
-            raise Corrupt(
-                wrong=f"{part} has the name of what was to be written, and other bytes",
-                found="an uncommitted shard that was altered",
-                mend=f"remove {path} and run again",
-            ) from None
+def _holds(path: Path, parts: dict[str, bytes]) -> bool:
+    try:
+        return all((path / name if name else path).read_bytes() == data for name, data in parts.items())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False

@@ -86,7 +86,8 @@ class Watch:
         while not self._closed.wait(self._interval_s):
             silent_s = time.monotonic() - self._moved_at
             if silent_s > self._deadline_s and not self._stalled:
-                self._report_stall(silent_s)
+                with contextlib.suppress(OSError):  # who cannot tell of a stall lives all the same
+                    self._report_stall(silent_s)
             self._beat()
 
     def _report_stall(self, silent_s: float) -> None:
@@ -95,7 +96,8 @@ class Watch:
             stacks.write(f"--- {time.ctime()} stage {self._stage} has not moved for {silent_s:.0f} s\n")
             stacks.flush()
             faulthandler.dump_traceback(stacks, all_threads=True)
-        self._log.say(f"STALLED in '{self._stage}'", silent_s=round(silent_s), stacks=STACKS_NAME, **self._facts)
+        with contextlib.suppress(OSError):
+            self._log.say(f"STALLED in '{self._stage}'", silent_s=round(silent_s), stacks=STACKS_NAME, **self._facts)
 
     def _beat(self) -> None:
         state = f"stalled({self._stage})" if self._stalled else self._state

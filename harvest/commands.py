@@ -45,9 +45,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object 
 @click.option("--student", "student_path", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="JSON",
               help="When all is done: a student's first weights, into the set's assets.")  # fmt: skip
 @click.option("--child-of", type=int, hidden=True)
+@click.option("--planned", hidden=True)
 @wan_distiller
 def run(config_path: Path, overrides: tuple[str, ...], strict: bool, share: str | None, time_limit: float | None,
-        check: bool, student_path: Path | None, child_of: int | None, **old: Any) -> None:  # fmt: skip
+        check: bool, student_path: Path | None, child_of: int | None, planned: str | None,
+        **old: Any) -> None:  # fmt: skip
     """Harvest what CONFIG asks for. The same command again goes on where it stopped."""
     from harvest.running.slices import is_launched, see_own_gpu, slice_of
     from harvest.running.workers import die_with, num_workers, supervise
@@ -69,7 +71,7 @@ def run(config_path: Path, overrides: tuple[str, ...], strict: bool, share: str 
     if share is not None or is_launched(os.environ) or num_workers(config) == 1:
         from harvest.running.loop import harvest
 
-        harvest(config, strict=strict, part=part, limit_s=time_limit)
+        harvest(config, strict=strict, part=part, limit_s=time_limit, planned=planned)
     else:
         supervise(config, part, strict=strict, limit_s=time_limit)
     if student_path is not None and part.rank == 0:

@@ -1,7 +1,7 @@
 """Pictures of one's own in the place of the teacher's: `source: images`. Captions and files; no torch.
 
     wishes, summary = read_pictures(config.images)        a wish each: its caption, a seed out of its content, its name
-    for name, found in pictures_of(config.images, names, height, width): ...      RGB of that size, or why there is none
+    for name, found in pictures_of(config.images, seeds, height, width): ...      RGB of that size, or why there is none
 
     images.path   a folder          a/b.jpg, its caption in a/b.txt or in a/b.json {"caption": ...}
                   pictures.jsonl    {"file": "a/b.jpg", "caption": ...} a line; files as seen from the manifest
@@ -11,15 +11,16 @@ A picture is resized until it covers the configured size, and cut at its centre;
 Equal captions do not collide: the seed is a digest of the picture's bytes, so another picture is another record.
 """
 
+import errno
 import glob
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.cleaning import clean_prompt
-from common.errors import BadUsage
+from common.errors import BadUsage, Fault
 from harvest.config import ImagesConfig
 from harvest.prompts import Wish
 from harvest.seen import Seen
@@ -27,6 +28,7 @@ from harvest.stills import PICTURES, VIDEOS, Found, require_still, seed_of_pictu
 
 CAPTIONS, FILES = ("caption", "prompt", "text"), ("file", "file_name")
 MANIFEST, SHARD = ".jsonl", ".tar"
+GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
 def read_pictures(images: ImagesConfig) -> tuple[list[Wish], str]:
@@ -47,10 +49,16 @@ def read_pictures(images: ImagesConfig) -> tuple[list[Wish], str]:
     return wishes, f"{len(wishes)} pictures from {images.path}, resized to cover the size and cut at the centre"
 
 
-def pictures_of(images: ImagesConfig, names: Collection[str], height: int, width: int) -> Iterator[tuple[str, Any]]:
-    """(name, PIL image) of each that can be read, (name, str) that says why of each that cannot."""
-    for name, data in _bytes_of(images.path, names):
-        yield name, data if isinstance(data, str) else still(data, images.frame, height, width)
+def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, width: int) -> Iterator[tuple[str, Any]]:
+    """(name, PIL image) of each that can be read, (name, str) that says why of each that cannot. `seeds`: by name, as
+    they were planned; what is another picture by now is another record."""
+    for name, data in _bytes_of(images.path, seeds):
+        if isinstance(data, str):
+            yield name, data
+        elif seed_of_picture(data, images.frame) != seeds[name]:
+            yield name, "it has changed since the plan"
+        else:
+            yield name, still(data, images.frame, height, width)
 
 
 def _told_of(images: ImagesConfig, seen: Seen) -> Iterator[tuple[str, str, int]]:
@@ -108,9 +116,18 @@ def _bytes_of(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes |
     folder = path.parent if path.suffix == MANIFEST else path
     for name in names:
         try:
-            yield name, (folder / name).read_bytes()
+            data: bytes | str = (folder / name).read_bytes()
         except OSError as error:
-            yield name, f"it cannot be read: {error.strerror}"
+            _require_lasting(error, folder / name)
+            data = f"it cannot be read: {error.strerror}"
+        yield name, data
+
+
+def _require_lasting(error: Exception, path: Path) -> None:
+    """A disk or a network that fails for a while says nothing of the picture: who asks again may get it."""
+    if isinstance(error, OSError) and error.errno not in (None, *GONE):
+        raise Fault(wrong="a picture cannot be read now", found=f"{path}: {error.strerror}",
+                    mend="run the same command again") from error  # fmt: skip
 
 
 def _shards(path: Path) -> list[Path]:
@@ -137,6 +154,7 @@ def _of_shard(shard: Path) -> Iterator[Found]:
                     name = f"{shard}/{sample['__key__']}{kind}"
                     yield Found(name=name, data=sample[kind[1:]], caption=_caption_in(sample, name))
     except (OSError, ValueError, tarfile.TarError) as error:
+        _require_lasting(error, shard)
         raise BadUsage(wrong="a shard of pictures cannot be read", found=f"{shard}: {error}",
                        mend="copy it again, or leave it out of images.path") from None  # fmt: skip
 

@@ -58,12 +58,13 @@ class Pictures:
     def latents(self, item: WorkItem) -> dict[str, Tensor]:
         """Of those that can be read."""
         keys: dict[str, list[str]] = {}
+        seeds = {question.picture: question.seed for question in item.questions}
         for question in item.questions:
             keys.setdefault(question.picture, []).append(question.key)
         states: dict[str, Tensor] = {}
         self._vae.to(self._device)
         try:
-            for name, found in pictures_of(self._images, keys, item.height, item.width):
+            for name, found in pictures_of(self._images, seeds, item.height, item.width):
                 if isinstance(found, str):
                     self._reasons |= dict.fromkeys(keys[name], f"picture {name}: {found}")
                     continue

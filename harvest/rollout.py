@@ -98,11 +98,13 @@ def rollout(
     *,
     micro_batch: int,
     moved: Callable[[], None],
+    alive: Callable[[], None] | None = None,
     stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
     pictures: EndPoints | None = None,
 ) -> list[Record]:
     """Every record of an item, in its order; without those whose picture cannot be read. `moved` is called after each
-    forward, and may raise to stop; `stage` is entered with the name of what is done: pictures, encode, denoise, copy.
+    forward, `alive` (or that too) after each prompt that is encoded; either may raise to stop. `stage` is entered with
+    the name of what is done: pictures, encode, denoise, copy.
     A micro-batch is put together before anything is left out: who is in it depends on the item alone."""
     rounded = getattr(torch, contract.storage_dtype.name)
     batches = [item.questions[start : start + micro_batch] for start in range(0, len(item.questions), micro_batch)]
@@ -112,10 +114,13 @@ def rollout(
             teacher.make_room()
             ends = pictures.latents(item)
         batches = [tuple(question for question in batch if question.key in ends) for batch in batches]
-    prompts = list(dict.fromkeys(question.prompt for batch in batches for question in batch))
+    prompts = [question.prompt for batch in batches for question in batch]
+    texts: dict[str, Tensor] = {}
     with stage("encode"):
-        texts = dict(zip(prompts, (text.to(rounded).float() for text in teacher.encode(prompts)), strict=True))
-        negative = teacher.encode([contract.negative_prompt])[0].to(rounded).float()
+        for prompt in dict.fromkeys([*prompts, contract.negative_prompt]):
+            texts[prompt] = teacher.encode([prompt])[0].to(rounded).float()
+            (alive or moved)()
+    negative = texts[contract.negative_prompt]
     copies = Copies()
     groups = [
         Group(

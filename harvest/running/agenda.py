@@ -17,7 +17,7 @@ from typing import Self
 
 from common.files import replace_quietly
 from common.manifest import whole_receipt
-from common.shards import RUNS, ShardSet
+from common.shards import MOVED, RUNS, ShardSet
 from harvest.plan import Plan, WorkItem
 from harvest.quarantine import note_of
 from harvest.running.slices import Slice
@@ -145,4 +145,7 @@ def _is_done(item: str, shards: ShardSet) -> bool:
 
 
 def _is_committed(item: str, shards: ShardSet) -> bool:
-    return whole_receipt(shards.receipt_path(item), f"{shards.shards_dir}/") is not None
+    """Or carried elsewhere since: the note of it is written before the receipt goes, so it is looked for after it."""
+    if whole_receipt(shards.receipt_path(item), f"{shards.shards_dir}/") is not None:
+        return True
+    return (shards.path / MOVED / f"{item}.json").exists()

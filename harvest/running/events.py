@@ -26,7 +26,12 @@ def tell(command: str | None, event: str, facts: Mapping[str, Any], log: Log) ->
     if command is None:
         return
     environment = os.environ | {"HARVEST_EVENT": event, "HARVEST_FACTS": json.dumps(facts)}
-    process = subprocess.Popen(command, shell=True, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        process = subprocess.Popen(command, shell=True, env=environment, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)  # fmt: skip
+    except OSError as error:
+        log.say(f"on_event {event}: {error}")
+        return
     try:
         code = process.wait(MAX_SECONDS)
     except subprocess.TimeoutExpired:

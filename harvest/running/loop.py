@@ -24,9 +24,10 @@ from pathlib import Path
 
 from common.claim import claimed
 from common.config import save_config
+from common.errors import Refused
 from common.files import write_atomic
 from common.log import Log, human_seconds
-from common.record import Numerics, Record
+from common.record import Numerics, Record, item_id
 from common.shards import CONTRACT_NAME, RUNS, ShardSet
 from common.stop import StopRequest
 from harvest.assets import leave_assets
@@ -38,7 +39,7 @@ from harvest.running.agenda import Leases, agenda
 from harvest.running.events import HarvestWatch, tell
 from harvest.running.health import Health
 from harvest.running.progress import Progress
-from harvest.running.shortage import disk_told, memory_told
+from harvest.running.shortage import disk_told, memory_told, with_room
 from harvest.running.slices import WHOLE, Slice
 from harvest.running.writer import Writer
 from harvest.samples import draw_samples, missing_samples
@@ -65,6 +66,11 @@ class Task:
         return is_finished(self.config, self.facts, self.plan) and not self.missing_samples
 
     @property
+    def digest(self) -> str:
+        """Of what is asked for: other prompts, another one."""
+        return item_id([item.id for item in self.plan.items])
+
+    @property
     def missing_samples(self) -> list[Question]:
         return missing_samples(self.config, self.config.out, self.config.samples)
 
@@ -78,9 +84,14 @@ def read_task(config: HarvestConfig) -> Task:
     return Task(config=config, resolved=resolved, facts=facts, plan=make_plan(config, facts))
 
 
-def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE, limit_s: float | None = None) -> int:
-    """Work what remains of the plan, beginning with `part`; the number of records added."""
+def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE, limit_s: float | None = None,
+            planned: str | None = None) -> int:  # fmt: skip
+    """Work what remains of the plan, beginning with `part`; the number of records added. `planned`: the digest of the
+    task that others share with us: where items have other names, leases and receipts would tell nobody of anything."""
     task = read_task(config)
+    if planned not in (None, task.digest):
+        raise Refused(wrong="the prompts (or pictures) changed while the run was on", found="another plan than the "
+                      "other workers have", mend="stop it and run the same command again")  # fmt: skip
     if task.is_finished:
         leave_finished(task)
         return 0
@@ -166,7 +177,7 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
         good, faults = health.sift(records, [] if pictures is None else pictures.faults(item))
         health.set_aside(item, faults)
         if good:
-            shards.commit(good, numerics, container=config.container)
+            with_room(partial(shards.commit, good, numerics, container=config.container), config.deadline_s, stop, log)
         leases.release(item.id)
         progress.committed(item, len(good), len(faults))
         health.require_few()
@@ -186,19 +197,16 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
         stop.check()
         time.sleep(seconds)
 
-    alone = part == WHOLE
-    with Progress(num_records, len(mine), log, alone=alone) as progress, leases, Writer(finish) as writer:
+    alone, writing = part == WHOLE, partial(watch.stage, "write", deadline_s=config.deadline_s)
+    with Progress(num_records, len(mine), log, alone=alone) as progress, leases, Writer(finish, writing) as writer:
         for item in agenda(task.plan, shards, part, leases, writer.wait, wait):
             heard = listening(teacher, shards) if item.id == task.plan.items[0].id else contextlib.nullcontext()
             with memory_told(config, task.resolved), heard:
                 records = rollout(teacher, item, shards.contract, micro_batch=config.micro_batch, moved=moved,
-                                  stage=partial(watch.stage, deadline_s=config.deadline_s),
+                                  alive=alive, stage=partial(watch.stage, deadline_s=config.deadline_s),
                                   pictures=pictures)  # fmt: skip
-            with watch.stage("write", deadline_s=config.deadline_s):
-                writer.put(item, records)
+            writer.put(item, records)
             del records  # the writer's now: one item less in memory while the next one is walked
-        with watch.stage("write", deadline_s=config.deadline_s):
-            writer.wait()
     watch.moved(added=progress.num_added)
     return progress.num_added
 

@@ -2,21 +2,25 @@
 
     with memory_told(config, resolved): ...         an error of the allocator becomes a table and three mends
     with disk_told(set_dir, num_bytes_left): ...    ENOSPC becomes exit code 3 and the bytes that are missing
+    with_room(commit, deadline_s, stop, log)        before that: somebody may be making room
 
 Nothing is changed silently: another micro-batch would be other numerics.
 """
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import Partial, Refused
 from common.files import FULL
-from common.log import human_bytes
+from common.log import Log, human_bytes, human_seconds
+from common.stop import StopRequest
 from harvest.config import HarvestConfig
 from harvest.loading.folder import Resolved
 
+ROOM_EVERY_S = 15.0
 OF_THE_CPU = "DefaultCPUAllocator"
 
 
@@ -45,6 +49,24 @@ def disk_told(set_dir: Path, num_bytes_left: Callable[[], int]) -> Iterator[None
             found=f"{human_bytes(free)} free, {human_bytes(num_bytes_left())} are still to be written",
             mend="make room, or carry what is there elsewhere (`python -m harvest push SET OUT --free`), and run again",
         ) from error
+
+
+def with_room(write: Callable[[], object], deadline_s: float, stop: StopRequest, log: Log) -> None:
+    """`write()`, which leaves nothing where it fails: again and again on a full disk, for so long or until asked to
+    stop."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            write()
+            return
+        except OSError as error:
+            if error.errno not in FULL or stop.asked or time.monotonic() - began > deadline_s:
+                raise
+        if not said:
+            with contextlib.suppress(OSError):  # it is full
+                log.say(f"no space left: waiting for room, {human_seconds(deadline_s)} at most")
+        said = True
+        time.sleep(min(ROOM_EVERY_S, deadline_s))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

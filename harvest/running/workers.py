@@ -3,10 +3,10 @@
     supervise(config, part, strict=False, limit_s=None)
 
 Each is a process of its own (`python -m harvest run` with its share of the plan); they need nothing of each other. One
-that dies is started again after a while; a place (a GPU) where workers died MAX_FAULTS times is retired, and the others
-do its work. One that hangs, stalled or without a heartbeat for twice deadline_s, is killed, and has died so. A fault
-that a restart cannot mend (exit codes 2 to 5) retires its place at once. If the supervisor dies, however it does, the
-system ends its workers.
+that dies is started again after a while; a place (a GPU) where MAX_FAULTS in a row died before they had added a record
+is retired, and the others do its work. One that hangs, stalled or without a heartbeat for twice deadline_s, is killed,
+and has died so. A fault that a restart cannot mend (exit codes 2 to 5) retires its place at once. If the supervisor
+dies, however it does, the system ends its workers.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import BadUsage, Corrupt, Fault, Partial, Refused, Stopped
 from common.log import Log
@@ -32,7 +33,6 @@ from harvest.running.slices import Slice
 from harvest.teacher import work_of
 
 MAX_FAULTS = 3
-FORGIVEN_AFTER_S = 3600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 LOOK_EVERY_S, LISTEN_EVERY_S = 0.1, 2.0
 STOPPED_WITHIN_S, KILLED_WITHIN_S = 30.0, 10.0
@@ -53,7 +53,8 @@ class Place:
     sharers: int
     """Workers on this machine, it included."""
     process: subprocess.Popen[bytes] | None = None
-    fault_times: list[float] = field(default_factory=list)
+    num_faults: int = 0
+    """Since one of its workers added something."""
     code: int | None = None
     """How its last worker ended."""
     start_at: float = 0.0
@@ -118,13 +119,12 @@ def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: floa
     with holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
         log.say(f"{len(places)} workers: {', '.join(map(str, places))}")
         watch.running()
-        options = ["--strict"] if strict else []
+        options = ["--planned", task.digest, *(["--strict"] if strict else [])]
         try:
             _watch_over(places, task, stop, watch, log, options)
         finally:
             _end_all(places)
         _judge(places, task, log)
-        tell(config.on_event, "done", {"set": str(config.out), "records": task.plan.num_records}, log)
 
 
 def _watch_over(places: Sequence[Place], task: Task, stop: StopRequest, watch: HarvestWatch, log: Log,
@@ -157,8 +157,7 @@ def _listen(place: Place, config: HarvestConfig, log: Log) -> None:
     """Kill a worker that hangs: what its own watch reported a deadline ago still stands, or even that is silent."""
     if place.process is None:
         return
-    now, beat = time.monotonic(), read_heartbeat(run_dir(config, place.process.pid))
-    beat = None if beat is None or beat["started"] < place.started - 1.0 else beat
+    now, beat = time.monotonic(), _beat_of(place, config)
     if beat is not None and not beat["state"].startswith("stalled") and time.time() - beat["time"] < config.deadline_s:
         place.lively_at = now
     silent_s = now - place.lively_at
@@ -168,24 +167,31 @@ def _listen(place: Place, config: HarvestConfig, log: Log) -> None:
         place.lively_at = now
 
 
+def _beat_of(place: Place, config: HarvestConfig) -> dict[str, Any] | None:
+    assert place.process is not None
+    beat = read_heartbeat(run_dir(config, place.process.pid))
+    return None if beat is None or beat["started"] < place.started - 1.0 else beat
+
+
 def _ended(place: Place, places: Sequence[Place], config: HarvestConfig, log: Log) -> None:
     assert place.process is not None
+    beat = _beat_of(place, config)
     place.code, place.process = place.process.returncode, None
     if place.code in (0, Partial.exit_code):
         place.done = True
         return
-    now = time.monotonic()
-    place.fault_times = [at for at in place.fault_times if now - at < FORGIVEN_AFTER_S] + [now]
+    has_added = beat is not None and beat.get("added", 0) > 0
+    place.num_faults = 1 if has_added else place.num_faults + 1
     how = signal.Signals(-place.code).name if place.code < 0 else f"exit code {place.code}"
-    if place.code in MENDLESS or len(place.fault_times) >= MAX_FAULTS:
+    if place.code in MENDLESS or place.num_faults >= MAX_FAULTS:
         place.retired = True
         log.say(f"{place} ended by {how} and is retired; the others do its work")
         tell(config.on_event, "retired", {"worker": str(place.part), "gpu": place.gpu, "how": how}, log)
         for other in places:  # also those that were done before it was given up
             other.done = False
         return
-    pause_s = min(FIRST_PAUSE_S * 2 ** (len(place.fault_times) - 1), LONGEST_PAUSE_S)
-    place.start_at = now + pause_s
+    pause_s = min(FIRST_PAUSE_S * 2 ** (place.num_faults - 1), LONGEST_PAUSE_S)
+    place.start_at = time.monotonic() + pause_s
     log.say(f"{place} ended by {how}: started again in {pause_s:.0f} s")
 
 
@@ -194,8 +200,12 @@ def _judge(places: Sequence[Place], task: Task, log: Log) -> None:
         raise Partial(wrong="records are missing", found="a worker said so above", mend="see there, then run again")
     if task.is_finished:
         log.say("done")
+        tell(task.config.on_event, "done", {"set": str(task.config.out), "records": task.plan.num_records}, log)
         return
     codes = sorted({place.code for place in places if place.retired and place.code is not None})
+    if not codes:
+        log.say("done here; others are at work on what is left")
+        return
     raise fault_of(codes)(
         wrong="every worker was retired" if all(place.retired for place in places) else "items are left",
         found=f"exit codes {codes}; the reasons stand above and in runs/*/log.txt",

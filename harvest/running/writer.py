@@ -1,6 +1,6 @@
 """Checking, packing and writing of one item beside the forwards of the next.
 
-    with Writer(finish) as writer:
+    with Writer(finish, stage) as writer:           stage(): a deadline for whoever waits, however the block ends
         for item in ...:
             records = rollout(...)                  calls writer.check() now and then: an error ends the walk at once
             writer.put(item, records)               waits until the item before is on disk, and raises what it raised
@@ -14,14 +14,15 @@ that is stopped leaves the item before it whole: leaving the block waits for it.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 
 class Writer:
     """One call of `finish` at a time, in order, in a thread of its own."""
 
-    def __init__(self, finish: Callable[..., None]) -> None:
-        self._finish = finish
+    def __init__(self, finish: Callable[..., None], stage: Callable[[], AbstractContextManager[None]]) -> None:
+        self._finish, self._stage = finish, stage
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: Future[None] | None = None
 
@@ -33,7 +34,8 @@ class Writer:
         """Until what was put is finished."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            with self._stage():
+                pending.result()
 
     def check(self) -> None:
         if self._pending is not None and self._pending.done():

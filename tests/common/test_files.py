@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common import files
-from common.files import TEMPORARY_PREFIX, sweep, write_atomic, write_folder
+from common.files import TEMPORARY_PREFIX, sweep, write_atomic, write_folder, write_new
 
 
 class FailingAt:
@@ -16,7 +16,7 @@ class FailingAt:
 
     def __init__(self, number: int, monkeypatch: pytest.MonkeyPatch, *, torn: bool) -> None:
         self.calls, self.number, self.torn = 0, number, torn
-        for name in ("_write", "_fsync", "_rename"):
+        for name in ("_write", "_fsync", "_rename", "_link"):
             monkeypatch.setattr(files, name, self._failing(getattr(files, name), is_write=name == "_write"))
 
     def _failing(self, real: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:
@@ -51,6 +51,29 @@ def test_a_file_is_old_or_new_whatever_fails(tmp_path: Path, monkeypatch: pytest
         assert path.read_bytes() in (old, new + b"er")
         assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
         write_atomic(path, old)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_there_or_not_whatever_fails_and_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*_: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(files, "_link", refused)
+    total = num_calls(lambda: write_new(tmp_path / "probe", b"first"), monkeypatch)
+    for number in range(1, total + 1):
+        path = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            FailingAt(number, patch, torn=True)
+            with pytest.raises(OSError, match="no space"):
+                write_new(path, b"first")
+        assert not path.exists() or path.read_bytes() == b"first"
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "probe", b"second")
+    assert (tmp_path / "probe").read_bytes() == b"first" and (tmp_path / "probe").stat().st_nlink == 1
+    assert total >= 4 and not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import shards as shards_module
 from common.errors import Corrupt, Refused
+from common.files import TEMPORARY_PREFIX, sweep, write_atomic
 from common.manifest import MAX_RECEIPT_BYTES, Receipt
 from common.record import BOTH, GUIDED, Contract, Record
 from common.shard_reader import check_records
@@ -111,6 +113,24 @@ class TestCommit:
         again = shards.commit([made_record(number) for number in range(3)], dataclasses.replace(NUMERICS, threads=9))
         assert again == first and tree(shards.path) == before
 
+    def test_of_two_at_once_the_first_receipt_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of other numerics, between our shard and our receipt."""
+        records, other = [made_record(number) for number in range(3)], dataclasses.replace(NUMERICS, threads=9)
+        shards, real, theirs = ShardSet.create(tmp_path / "set", made_contract()), ShardSet.place, list[Receipt]()
+
+        def place(mine: ShardSet, receipt: Receipt, files: dict[str, bytes]) -> None:
+            real(mine, receipt, files)
+            if not theirs:
+                theirs.append(receipt)
+                theirs[0] = shards.commit(records, other)
+
+        monkeypatch.setattr(ShardSet, "place", place)
+        assert shards.commit(records, NUMERICS) == theirs[0] and theirs[0].numerics == other
+        assert shards.manifest().receipts == tuple(theirs)
+        assert "by another writer" in capsys.readouterr().err
+
     def test_a_shard_without_receipt_does_not_exist_and_is_taken_over(self, tmp_path: Path) -> None:
         shards, receipt = committed(tmp_path / "set", [made_record(number) for number in range(3)])
         before = tree(shards.path)
@@ -136,7 +156,7 @@ class TestCommit:
 
     @pytest.mark.parametrize("container", ["zarr", "tar"])
     def test_a_receipt_whose_shard_is_gone_commits_nothing(self, tmp_path: Path, container: str) -> None:
-        """Worked again, the item is written again, byte for byte; a torn one is named, never taken for done."""
+        """Worked again, the item is written again, byte for byte; a torn one too, and never taken for done."""
         records = [made_record(number) for number in range(3)]
         shards = ShardSet.create(tmp_path / "set", made_contract())
         receipt = shards.commit(records, NUMERICS, container=container)
@@ -148,16 +168,55 @@ class TestCommit:
         assert tree(shards.path) == before and shards.manifest().receipts == (receipt,)
         part = next(iter(receipt.paths(shards.shards_dir).values()))
         part.write_bytes(part.read_bytes()[:-1])
-        with pytest.raises(Corrupt, match="remove"):
-            shards.commit(records, NUMERICS, container=container)
+        assert shards.commit(records, NUMERICS, container=container) == receipt
+        assert sweep(shards.shards_dir, older_than_s=-1) == 1 and tree(shards.path) == before
 
-    def test_an_altered_leftover_is_not_adopted(self, tmp_path: Path) -> None:
-        shards, receipt = committed(tmp_path / "set", [made_record(number) for number in range(3)])
-        (shards.path / "receipts" / f"{receipt.item}.json").unlink()
-        part = shards.shards_dir / (receipt.stem + ".zarr/final/0.0.0.0")
+    @pytest.mark.parametrize("container", ["zarr", "tar"])
+    def test_an_altered_leftover_is_set_aside_and_an_altered_commit_is_not(
+        self, tmp_path: Path, container: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        records = [made_record(number) for number in range(3)]
+        shards = ShardSet.create(tmp_path / "set", made_contract())
+        receipt = shards.commit(records, NUMERICS, container=container)
+        before, paths = tree(shards.path), receipt.paths(shards.shards_dir)
+        files = {name: path.read_bytes() for name, path in paths.items()}
+        part = next(path for name, path in paths.items() if name in (".tar", ".zarr/final/0.0.0.0"))
         part.write_bytes(part.read_bytes()[::-1])
-        with pytest.raises(Corrupt):
-            shards.commit([made_record(number) for number in range(3)], NUMERICS)
+        altered = tree(shards.path)
+        with pytest.raises(Corrupt, match="repair"):
+            shards.place(receipt, files)
+        assert tree(shards.path) == altered and not list(shards.shards_dir.glob(".*"))
+        shards.receipt_path(receipt.item).unlink()
+        assert shards.commit(records, NUMERICS, container=container) == receipt
+        assert "not whole and not committed" in capsys.readouterr().err
+        (aside,) = shards.shards_dir.glob(f"{TEMPORARY_PREFIX}*")
+        assert aside.name.endswith(f"-{receipt.stem}.{container}")
+        assert sweep(shards.shards_dir, older_than_s=-1) == 1 and tree(shards.path) == before
+
+    @pytest.mark.parametrize("times", [1, 99])
+    def test_a_copy_under_way_beside_the_writer_is_met_or_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    ) -> None:
+        """Its next file comes as soon as its first ones are out of the way."""
+        records, real, come = [made_record(number) for number in range(3)], shards_module.set_aside, []
+        shards, receipt = committed(tmp_path / "set", records)
+        before, path = tree(shards.path), shards.shards_dir / f"{receipt.stem}.zarr"
+        shards.receipt_path(receipt.item).unlink()
+        (path / "zarr.json").unlink()
+
+        def set_aside(there: Path) -> Path:
+            aside = real(there)
+            if len(come) < times:
+                come.append(write_atomic(there / "zarr.json", b"{}"))
+            return aside
+
+        monkeypatch.setattr(shards_module, "set_aside", set_aside)
+        if times == 1:
+            assert shards.commit(records, NUMERICS) == receipt
+            assert sweep(shards.shards_dir, older_than_s=-1) == 2 and tree(shards.path) == before
+        else:
+            with pytest.raises(Corrupt, match="stop the copy"):
+                shards.commit(records, NUMERICS)
 
     @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Contract)])
     def test_a_set_that_means_something_else_is_refused_by_that_field(self, tmp_path: Path, name: str) -> None:

@@ -28,6 +28,16 @@ def test_a_stage_that_does_not_move_is_named_with_its_stack(tmp_path: Path) -> N
     assert (read_heartbeat(tmp_path) or {})["state"] == "done"
 
 
+def test_a_stall_that_cannot_be_told_does_not_end_the_heartbeat(tmp_path: Path) -> None:
+    log = Log("test", tmp_path / "log", quiet=True)
+    (tmp_path / "log").rmdir()
+    with Watch(tmp_path / "run", log, interval_s=0.02) as watch, watch.stage("copy", deadline_s=0.05):
+        time.sleep(0.2)
+        watch.moved(bytes_read=7)
+        time.sleep(0.04)
+        assert (read_heartbeat(tmp_path / "run") or {})["bytes_read"] == 7
+
+
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="boom"), Watch(tmp_path, Log("test", quiet=True)):
         raise ValueError("boom")

@@ -39,6 +39,7 @@ class Crash:
         files._write = self._before(files._write)
         files._fsync = self._before(files._fsync)
         files._rename = self._before(files._rename)
+        files._link = self._before(files._link)
 
     def _before(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

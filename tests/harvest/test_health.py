@@ -1,5 +1,6 @@
 """What a sick teacher, a full disk or a full memory does to a run: it is said, counted, and nothing is lost."""
 
+import contextlib
 import errno
 import threading
 import time
@@ -15,12 +16,13 @@ from common.errors import Partial, Refused
 from common.log import Log
 from common.schedule import contract_grid, expert_of, kept_steps
 from common.shards import ShardSet
+from common.stop import StopRequest
 from harvest.config import HarvestConfig
 from harvest.loading.folder import resolve
 from harvest.quarantine import notes_of
 from harvest.running.check import check
 from harvest.running.health import FEW, Health, odd_prediction, step_of
-from harvest.running.shortage import memory_told
+from harvest.running.shortage import memory_told, with_room
 from harvest.running.writer import Writer
 from tests.made import harvest_config, harvest_here, made_contract, made_record, planned, tree
 
@@ -71,7 +73,7 @@ def test_a_disk_that_fills_up_stops_cleanly_and_says_what_is_needed(
     tmp_path: Path, micro_wan: Path, micro_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After two shards nothing more fits; with room again, the same command gives the same set."""
-    config = harvest_config(tmp_path / "set", micro_wan)
+    config = harvest_config(tmp_path / "set", micro_wan, deadline_s=0.5)
     real = files._write
 
     def full(fd: int, data: Any) -> int:
@@ -85,6 +87,38 @@ def test_a_disk_that_fills_up_stops_cleanly_and_says_what_is_needed(
             harvest_here(config)
     assert caught.value.exit_code == 3 and len(list(planned(config).remaining(ShardSet.open(config.out)))) == 4
     assert tree(harvest_here(config)) == tree(micro_set)
+
+
+def test_room_that_is_made_while_it_works_is_taken(
+    tmp_path: Path,
+    micro_wan: Path,
+    micro_set: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, failed = harvest_config(tmp_path / "set", micro_wan), []
+    real = files._write
+
+    def full(fd: int, data: Any) -> int:
+        if len(failed) < 3 and len(list((config.out / "receipts").glob("[!.]*"))) == 2:
+            failed.append(fd)
+            raise OSError(errno.ENOSPC, "no space")
+        return real(fd, data)
+
+    monkeypatch.setattr(files, "_write", full)
+    monkeypatch.setattr("harvest.running.shortage.ROOM_EVERY_S", 0.05)
+    assert tree(harvest_here(config)) == tree(micro_set)
+    assert len(failed) == 3 and capsys.readouterr().err.count("waiting for room, 10m00s at most") == 1
+
+
+def test_who_waits_for_room_hears_a_wish_to_stop() -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    began = time.monotonic()
+    with pytest.raises(OSError, match="no space"):
+        with_room(full, 600, StopRequest(limit_s=0.0), Log("test", quiet=True))
+    assert time.monotonic() - began < 5
 
 
 def test_out_of_memory_is_said_with_what_held_it_and_what_would_help(micro_config: HarvestConfig) -> None:
@@ -116,11 +150,11 @@ def test_the_writer_keeps_order_bounds_memory_and_hands_on_its_errors() -> None:
         with lock:
             alive -= 1
 
-    with pytest.raises(OSError, match="disk"), Writer(finish) as writer:
+    with pytest.raises(OSError, match="disk"), Writer(finish, contextlib.nullcontext) as writer:
         for number in range(10):
             writer.put(number)
     assert done == [0, 1, 2, 3, 4] and most == 1
-    with pytest.raises(KeyError), Writer(done.append) as writer:
+    with pytest.raises(KeyError), Writer(done.append, contextlib.nullcontext) as writer:
         writer.put(6)
         raise KeyError  # the item before is whole all the same
     assert done[-1] == 6

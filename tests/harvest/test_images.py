@@ -1,5 +1,6 @@
 """Pictures instead of walks: what is read, what becomes of it in the teacher's latent space, and what is refused."""
 
+import errno
 import json
 import tarfile
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import BadUsage, Partial
+from common.errors import BadUsage, Fault, Partial
 from common.schedule import contract_grid, renoise_noise
 from common.shards import RUNS, ShardSet
 from harvest.config import HarvestConfig, ImagesConfig
@@ -20,7 +21,8 @@ from harvest.images import pictures_of, read_pictures
 from harvest.latents import OVERLAP, TILE, encode_in_tiles
 from harvest.plan_report import answers_of
 from harvest.quarantine import notes_of
-from harvest.running.loop import read_task
+from harvest.running.loop import read_task, ready_teacher
+from harvest.stills import seed_of_picture
 from tests.harvest.test_oracle import padded
 from tests.made import harvest_config, harvest_here, tree
 from tests.micro import write_micro_ti2v
@@ -52,6 +54,12 @@ def folder(tmp_path: Path) -> Path:
         else:
             file.with_suffix(".json").write_text(json.dumps({"caption": f"a picture {number}"}), encoding="utf-8")
     return tmp_path / "pictures"
+
+
+def seen(images: ImagesConfig, *names: str) -> dict[str, Any]:
+    """As they lie there now, 64 pixels wide and high."""
+    seeds = {name: seed_of_picture((images.path / name).read_bytes(), images.frame) for name in names}
+    return dict(pictures_of(images, seeds, 64, 64))
 
 
 def config_of(path: Path, teacher: Path, out: Path, **changes: Any) -> HarvestConfig:
@@ -88,10 +96,8 @@ def test_the_end_point_is_the_stock_vaes_latent_and_the_teacher_is_asked_around_
     mean, std = (
         np.array(getattr(vae.config, f"latents_{name}"), np.float32)[:, None, None] for name in ("mean", "std")
     )
-    records, seen = records_of(shards), set()
-    pictures = dict(
-        pictures_of(ImagesConfig(path=folder), ["a.png", "b.jpg", "deep/c.webp", "deep/d.png", "e.bmp"], 64, 64)
-    )
+    records, asked = records_of(shards), set()
+    pictures = seen(ImagesConfig(path=folder), "a.png", "b.jpg", "deep/c.webp", "deep/d.png", "e.bmp")
     latents = []
     for picture in pictures.values():
         assert picture.size == (64, 64)
@@ -111,8 +117,8 @@ def test_the_end_point_is_the_stock_vaes_latent_and_the_teacher_is_asked_around_
                 padded([record.text]), return_dict=False,
             )[0]  # fmt: skip
             np.testing.assert_array_equal(said[0, :, 0].numpy(), record.cond[point])
-            seen.add(int(record.expert[point]))
-    assert seen == {0, 1}
+            asked.add(int(record.expert[point]))
+    assert asked == {0, 1}
 
 
 def test_folder_manifest_and_webdataset_give_the_same_set(folder: Path, tmp_path: Path, micro_wan: Path) -> None:
@@ -164,6 +170,48 @@ def test_an_unreadable_picture_is_quarantined_by_name_and_its_neighbours_are_as_
     assert ShardSet.open(config.out).manifest().num_records == 5
 
 
+def test_a_picture_that_is_replaced_during_the_harvest_is_not_stored_under_the_old_ones_key(
+    folder: Path, tmp_path: Path, micro_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then(*arguments: Any) -> Any:
+        drawn(77).save(folder / "b.jpg")
+        return ready_teacher(*arguments)
+
+    config = config_of(folder, micro_wan, tmp_path / "set")
+    before = {wish.picture: wish for wish in read_pictures(ImagesConfig(path=folder))[0]}
+    with monkeypatch.context() as patch:
+        patch.setattr("harvest.running.loop.ready_teacher", then)
+        with pytest.raises(Partial, match="1 records were set aside"):
+            harvest_here(config)
+    (fault,) = (fault for note in notes_of(config.out) for fault in note.faults)
+    assert fault["where"] == "picture b.jpg: it has changed since the plan"
+    assert before["b.jpg"].seed not in {record.seed for record in records_of(ShardSet.open(config.out))}
+    harvest_here(config)  # asked for as what it is now
+    assert ShardSet.open(config.out).manifest().num_records == 5
+
+
+@pytest.mark.parametrize("as_shard", [False, True])
+def test_a_disk_that_fails_for_a_while_quarantines_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_shard: bool
+) -> None:
+    """The worker ends, and is started again; a picture that is gone is quarantined."""
+    path = as_tar(folder, tmp_path / "p.tar") if as_shard else folder
+    names = {wish.picture: wish.seed for wish in read_pictures(ImagesConfig(path=path))[0]}
+
+    def failing(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tarfile.TarFile.next" if as_shard else "pathlib.Path.read_bytes", failing)
+        with pytest.raises(Fault, match=r"cannot be read now; found: .*Input/output error") as caught:
+            dict(pictures_of(ImagesConfig(path=path), names, 64, 64))
+        assert caught.value.exit_code == 1
+    if not as_shard:
+        (folder / "b.jpg").unlink()
+        found = dict(pictures_of(ImagesConfig(path=path), names, 64, 64))
+        assert [name for name in found if isinstance(found[name], str)] == ["b.jpg"]
+
+
 def test_what_is_no_still_picture_with_a_caption_is_refused(folder: Path, tmp_path: Path, micro_wan: Path) -> None:
     film = [drawn(number) for number in range(3)]
     film[0].save(folder / "film.gif", save_all=True, append_images=film[1:])
@@ -172,9 +220,9 @@ def test_what_is_no_still_picture_with_a_caption_is_refused(folder: Path, tmp_pa
         read_pictures(ImagesConfig(path=folder))
     seeds = {wish.seed for frame in (0, 2) for wish in read_pictures(ImagesConfig(path=folder, frame=frame))[0]}
     assert len(seeds) == 12
-    ((_, second),) = pictures_of(ImagesConfig(path=folder, frame=2), ["film.gif"], 64, 64)
-    ((_, first),) = pictures_of(ImagesConfig(path=folder, frame=0), ["film.gif"], 64, 64)
-    ((_, beyond),) = pictures_of(ImagesConfig(path=folder, frame=3), ["film.gif"], 64, 64)
+    second, first, beyond = (
+        seen(ImagesConfig(path=folder, frame=frame), "film.gif")["film.gif"] for frame in (2, 0, 3)
+    )
     assert np.abs(np.array(first, int) - np.array(second, int)).mean() > 10 and "EOFError" in beyond
     (folder / "film.gif").rename(folder / "film.mp4")
     with pytest.raises(BadUsage, match=r"a video; found: film\.mp4"):
@@ -205,7 +253,7 @@ def test_transparent_turned_and_grey_pictures_are_seen_as_people_see_them(tmp_pa
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "glass.png")
     Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "deep.png")
     images = ImagesConfig(path=tmp_path)
-    found = dict(pictures_of(images, ["turned.jpg", "glass.png", "deep.png"], 64, 64))
+    found = seen(images, "turned.jpg", "glass.png", "deep.png")
     turned = np.array(found["turned.jpg"]).astype(int)
     assert turned[:8].mean() < 20 and turned[-8:].mean() > 235  # upright: dark above light, where it was dark beside it
     assert np.array(found["glass.png"]).min() == 255
