@@ -21,10 +21,10 @@ CRC_BYTES = 4
 CLOSED = -1
 
 
-def crc32c(data: Any) -> int:
-    """Of anything with a buffer."""
+def crc32c(data: Any, before: int = 0) -> int:
+    """Of anything with a buffer; `before`: of what came before it, where it is a piece of something."""
     data = data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
-    return int(google_crc32c.value(data))
+    return int(google_crc32c.extend(before, data))
 
 
 class Extents:

@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.dist import World
 from train.loop import set_up
 from train.optim import gather
+from train.room import require_room
 from train.saver import Saver
 from train.state import Keep
 from train.step import Stepper
@@ -28,7 +29,7 @@ def check(config: TrainConfig, world: World) -> None:
     if world.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
     world.any(False)  # all wait until it is gone
-    config = config.model_copy(update={"out": out, "save_samples": True})
+    asked, config = config, config.model_copy(update={"out": out, "save_samples": True})
     run_dir = out if world.rank == 0 else out / "ranks" / str(world.rank)
     log = Log("train", run_dir, quiet=world.rank != 0)
     with Watch(run_dir, log) as watch:
@@ -50,6 +51,8 @@ def check(config: TrainConfig, world: World) -> None:
             run = set_up(config, world, log, StopRequest(), follow_s=0.0)
         watch.running()
         log.say(run.summary())
+        if world.rank == 0:
+            require_room(asked, run.state, run.total_steps, log)
         stepper = Stepper(config, world, run.state, run.objective, run.level_weights, run.total_steps)
         feed = run.feed(log, config.batch_size)
         try:
@@ -65,11 +68,12 @@ def check(config: TrainConfig, world: World) -> None:
         with part("held-out forward"):
             run.onlooker.measure(run.state, log)
         with part("save"):
-            gather(run.state.optimizers)
             if world.rank == 0:
                 saver = Saver(out, Keep(newest=1), log)
                 saver.save(run.state, run.facts())
                 saver.finish()
+            else:
+                gather(run.state.student, run.state.optimizers)
         with part("sample"):
             if run.onlooker.wants_pictures(run.state.step, last=True):
                 run.onlooker.draw(run.state, log)

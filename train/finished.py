@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load
 from torch import Tensor
 
 from common.config import load_config
@@ -24,9 +23,10 @@ from train.guidance import refuse_guidance
 from train.lora import whole
 from train.objective import Objective, objective_of
 from train.run_folder import CONFIG_NAME, EMA_NAME, MODEL_NAME, newest_or_given
-from train.state import read_checkpoint
+from train.state import verified
 from train.student.guidance import at_one
 from train.student.network import StudentConfig
+from train.student.weights import tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Finished:
 def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finished:
     run_dir, folder = newest_or_given(source)
     name = EMA_NAME if averaged else MODEL_NAME
-    summary, files = read_checkpoint(folder, name)
+    summary = verified(folder, name)
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)
     contract = shards.contract
@@ -66,7 +66,7 @@ def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finishe
         "license": license_name,
         **({} if config.lora is None else {"lora": f"rank {config.lora.rank}", "base": f"sha256 {summary['base']}"}),
     }
-    saved = load(files[name])
+    saved = dict(tensors_of(folder / name))
     return Finished(
         student=StudentConfig.from_dict(summary["student"]),
         weights=whole(saved, config.lora, config.init, summary.get("base")),

@@ -33,6 +33,7 @@ from train.objective import Objective, objective_of
 from train.optim import gather
 from train.out_of_memory import explained, fitted, survived
 from train.resume import allow
+from train.room import require_room
 from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS
 from train.saver import Saver
 from train.start import new_state, open_student
@@ -56,6 +57,7 @@ def train(config: TrainConfig, world: World, *, limit_s: float | None = None, fo
         if lead:
             save_config(config, config.out / CONFIG_NAME)
             log.say(run.summary())
+            require_room(config, run.state, run.total_steps, log)
         watch.running()
         watch.moved(step=run.state.step, samples_seen=run.state.samples_seen)
         with Bar(run.total_steps, done=run.state.step, alone=lead) as bar:

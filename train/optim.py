@@ -13,6 +13,8 @@ from train.muon import Muon
 EMA_WARMUP = 10.0
 PEAK = "peak_lr"
 """Of a group of parameters."""
+SLOTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
+"""What is kept of each parameter, as large as it; but a step is one number."""
 
 
 def make_optimizers(student: nn.Module, config: TrainConfig, *, num_ranks: int) -> list[torch.optim.Optimizer]:
@@ -58,30 +60,49 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig, peak: float)
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], student: nn.Module, step: int, decay: float) -> None:
     """ema += (1 - d) (weights - ema); d grows from 0 so that early steps are forgotten."""
+    if not ema:
+        return
     now = min(decay, (1 + step) / (EMA_WARMUP + step))
     weights = dict(student.named_parameters())
     near = [weights[name].to(average.device) for name, average in ema.items()]
     torch._foreach_lerp_(list(ema.values()), near, 1 - now)
 
 
-def gather(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """All ranks together, before the first one asks for the full state."""
+def full_state(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """`<parameter>:<slot>`, by the parameters' names: independent of their order and of the number of ranks. All ranks
+    walk it together; what another one holds is there until the next is asked for."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     for optimizer in optimizers:
-        if is_sharded(optimizer):
-            optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+        slots = _of_all_ranks(optimizer) if is_sharded(optimizer) else _of_this_rank(optimizer)
+        yield from ((f"{names[parameter]}:{slot}", value) for parameter, slot, value in slots)
 
 
-def full_state(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """`<parameter>:<slot>`, by the parameters' names: independent of their order and of the number of ranks."""
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
+def gather(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """What the other ranks do while the first one copies the full state: they send their part of it."""
+    for _ in full_state(student, optimizers):
+        pass
 
-    def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-        in_order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-        for number, slots in optimizer.state_dict()["state"].items():
-            for slot, value in slots.items():
-                yield f"{in_order[number]}:{slot}", torch.as_tensor(value).detach()
 
-    return dict(entry for optimizer in optimizers for entry in of(optimizer))
+def _of_this_rank(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    for parameter, slots in own_slots([optimizer]).items():
+        yield from ((parameter, slot, value) for slot, value in slots.items())
+
+
+def _of_all_ranks(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """One at a time, into one buffer: `consolidate_state_dict` has all of them twice on every GPU, and pickles them."""
+    mine = own_slots([optimizer])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mark = optimizer.rank + 1  # type: ignore[attr-defined]
+    holders = torch.tensor([mark if mine.get(parameter) else 0 for parameter in parameters])  # 0: no step yet
+    holders = holders.to(parameters[0].device)
+    torch.distributed.all_reduce(holders)
+    buffer = torch.empty_like(max(parameters, key=Tensor.numel)).flatten()
+    for parameter, holder in zip(parameters, holders.tolist(), strict=True):
+        for slot in SLOTS[type(own_part(optimizer))] if holder else ():
+            there = buffer[0] if slot == "step" else buffer[: parameter.numel()].view_as(parameter)
+            value = mine[parameter][slot] if parameter in mine else there
+            torch.distributed.broadcast(value, src=holder - 1)
+            yield parameter, slot, value
 
 
 def own_slots(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Tensor]]:
@@ -93,7 +114,7 @@ def own_slots(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[
 def moments_to_come(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Tensor]:
     """For each moment that this rank's first step will make, the parameter that it is as large as."""
     for optimizer in optimizers:
-        num_moments = 1 if isinstance(own_part(optimizer), Muon) else 2
+        num_moments = sum(slot != "step" for slot in SLOTS[type(own_part(optimizer))])
         for parameter, slots in own_slots([optimizer]).items():
             yield from [] if slots else [parameter] * num_moments
 

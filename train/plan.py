@@ -4,9 +4,9 @@
 
 Memory of one GPU, part by part:
 
-    weights, gradients, EMA     4 bytes a parameter each; the optimizer 4 a moment (AdamW has two,
-                                Muon one), shared by all GPUs when it is sharded; what is frozen has no gradient and no
-                                moments, and beside adapters (lora) no average
+    weights, gradients, EMA     4 bytes a parameter each, the EMA on the first GPU alone; the optimizer 4 a moment
+                                (AdamW has two, Muon one), shared by all GPUs when it is sharded; what is frozen has no
+                                gradient and no moments, and beside adapters (lora) no average
     half-precision copies       2 bytes a parameter while autocast is on
     activations                 what the backward pass of one micro-batch needs, see `activation_bytes`
 
@@ -56,8 +56,9 @@ def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_
     millions = num_parameters / 1e6
     share = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
     yield f"student of {millions:.1f} M parameters{share}; {points} samples an epoch, the largest {side[0]}x{side[1]}"
+    num_moments = moments(config, trains)
     needs = functools.partial(memory, student=student, num_parameters=num_parameters, num_trained=num_trained,
-                              num_moments=moments(config, trains), side=side, num_gpus=num_gpus)  # fmt: skip
+                              num_moments=num_moments, side=side, num_gpus=num_gpus)  # fmt: skip
     need = needs(config)
     yield f"memory of each of {num_gpus} GPUs at batch_size {config.batch_size}:"
     for name, size in need.parts.items():
@@ -69,6 +70,9 @@ def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_
     else:
         yield "it does not fit; what does:"
         yield from _mends(config, needs, num_gpus=num_gpus, room=room)
+    size = checkpoint_bytes(num_trained if config.lora else num_parameters, num_moments)
+    at_once = config.keep_checkpoints + 1  # one is being written
+    yield f"on the disk: {at_once} checkpoints of {human_bytes(size)} at once, {human_bytes(at_once * size)}"
     global_batch = config.global_batch or config.batch_size * num_gpus
     steps = math.ceil(config.num_epochs * points / global_batch)
     yield f"{steps} steps of {global_batch} for {config.num_epochs:g} epochs"
@@ -108,6 +112,11 @@ def trained(config: TrainConfig, shapes: Mapping[str, Sequence[int]]) -> dict[st
 def moments(config: TrainConfig, trains: Mapping[str, Sequence[int]]) -> int:
     """Numbers that the optimizer keeps."""
     return sum(math.prod(shape) * (1 if config.by_muon(name, shape) else 2) for name, shape in trains.items())
+
+
+def checkpoint_bytes(num_kept: int, num_moments: int) -> int:
+    """Weights, their average and the optimizer's moments, in float32."""
+    return 4 * (2 * num_kept + num_moments)
 
 
 def activation_bytes(config: TrainConfig, student: StudentConfig, side: tuple[int, int]) -> float:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load
 from torch import Tensor
 
 from common.config import load_config
@@ -29,8 +28,9 @@ from train.guidance import Answer, said
 from train.lora import whole
 from train.objective import Objective, objective_of
 from train.run_folder import CONFIG_NAME, EMA_NAME, newest_or_given
-from train.state import read_checkpoint
+from train.state import verified
 from train.student.network import StudentConfig, WanLite
+from train.student.weights import tensors_of
 from train.vae.network import load_vae
 
 GAP = 4
@@ -58,9 +58,9 @@ def open_run(source: Path, device: torch.device = HOST) -> Trained:
     run_dir, folder = newest_or_given(source)
     config = load_config(TrainConfig, run_dir / CONFIG_NAME)
     shards = ShardSet.open(config.set)
-    summary, files = read_checkpoint(folder, EMA_NAME)
+    summary = verified(folder, EMA_NAME)
     student = WanLite(StudentConfig.from_dict(summary["student"]))
-    weights = whole(load(files[EMA_NAME]), config.lora, config.init, summary.get("base"))
+    weights = whole(dict(tensors_of(folder / EMA_NAME)), config.lora, config.init, summary.get("base"))
     student.load_state_dict(weights, strict=True)
     objective = objective_of(config, shards.contract)
     return Trained(config, shards, objective, student.to(device).eval(), summary["step"], summary["samples_seen"])

@@ -85,12 +85,13 @@ def _require_taught(student: WanLite, config: TrainConfig) -> None:
 
 
 def new_state(student: WanLite, config: TrainConfig, world: World) -> TrainState:
-    """What is averaged is what a checkpoint holds: of a student with adapters, these alone."""
+    """What a checkpoint holds of a student with adapters is these alone. The first rank saves and shows the average,
+    so that the others keep none."""
     home = torch.device("cpu") if config.ema_on_host else world.device
-    kept = [(name, parameter) for name, parameter in student.named_parameters()
-            if parameter.requires_grad or config.lora is None]  # fmt: skip
-    ema = {name: parameter.detach().to(home, copy=True) for name, parameter in kept}
+    kept = {name: parameter for name, parameter in student.named_parameters()
+            if parameter.requires_grad or config.lora is None}  # fmt: skip
+    averaged = kept if world.rank == 0 else {}
+    ema = {name: parameter.detach().to(home, copy=True) for name, parameter in averaged.items()}
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-    return TrainState(
-        student=student, ema=ema, optimizers=make_optimizers(student, config, num_ranks=world.size), scaler=scaler
-    )
+    optimizers = make_optimizers(student, config, num_ranks=world.size)
+    return TrainState(student=student, kept=tuple(kept), ema=ema, optimizers=optimizers, scaler=scaler)

@@ -9,23 +9,24 @@ match is passed over and said so. An older checkpoint is removed only after the 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from common.errors import Corrupt, Refused
 from common.extents import crc32c
-from common.files import sweep, write_folder
+from common.files import pieces, sweep, write_folder
 from common.log import Log
+from common.tensor_file import StoredTensor, read_header
 from train.loss import NUM_LEVELS
 from train.optim import full_state, own_slots
 from train.run_folder import CHECKPOINTS, EMA_NAME, MODEL_NAME, OPTIMIZER_NAME, STATE_NAME, checkpoints
 from train.student.network import WanLite
+from train.student.weights import read_tensor, safetensors_stream, tensors_of
 
 SEAL = "crc32c"
 """Of state.json's other entries."""
@@ -36,8 +37,10 @@ class TrainState:
     """Everything that a step changes."""
 
     student: WanLite
+    kept: tuple[str, ...]
+    """Names of the parameters that a checkpoint holds: all, or the adapters alone."""
     ema: dict[str, Tensor]
-    """By the names of the parameters that a checkpoint holds: all, or the adapters alone."""
+    """Of all that is kept; of the first rank, the others have none."""
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     """Of the loss, under float16; else it does nothing."""
@@ -53,7 +56,7 @@ class TrainState:
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the student."""
         parameters = dict(self.student.named_parameters())
-        return {name: parameters[name].detach() for name in self.ema}
+        return {name: parameters[name].detach() for name in self.kept}
 
     def counters(self) -> dict[str, Any]:
         names = ("samples_seen", "step", "epoch", "cursor", "skipped", "level_sums")
@@ -78,9 +81,10 @@ class Keep:
 
 
 def snapshot_of(state: TrainState, facts: Mapping[str, Any]) -> Snapshot:
+    """By the first rank, while the others `gather`."""
     tensors = {
-        MODEL_NAME: _copied(state.weights()),
-        EMA_NAME: _copied(state.ema),
+        MODEL_NAME: _copied(state.weights().items()),
+        EMA_NAME: _copied(state.ema.items()),
         OPTIMIZER_NAME: _copied(full_state(state.student, state.optimizers)),
     }
     summary = json.loads(json.dumps({**state.counters(), **facts}))
@@ -97,20 +101,23 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep) -> Path:
     # What is newer was passed over as unreadable: it neither counts nor goes, it may be readable tomorrow.
     older = [path for path in checkpoints(run_dir) if path.name < folder.name]
     for old in older[: max(0, len(older) - (keep.newest - 1))]:
-        if not _is_milestone(old, keep.every):
+        if not is_milestone(old, keep.every):
             shutil.rmtree(old)
     sweep(run_dir / CHECKPOINTS, older_than_s=3600.0)
     return folder
 
 
-def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
-    """Of its files, made one at a time: beside the snapshot only the one that is being written is in memory."""
+def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes | memoryview]]:
+    """Of its files, tensor by tensor: beside the snapshot nothing is in memory."""
     seen: dict[str, list[int]] = {}
 
-    def weights(name: str) -> Iterator[bytes]:
-        data = save(snapshot.tensors[name])
-        seen[name] = [len(data), crc32c(data)]
-        yield data
+    def weights(name: str) -> Iterator[bytes | memoryview]:
+        tensors = snapshot.tensors[name]
+        length = crc = 0
+        for piece in safetensors_stream({key: tuple(each.shape) for key, each in tensors.items()}, tensors.items(), {}):
+            length, crc = length + memoryview(piece).nbytes, crc32c(piece, crc)
+            yield piece
+        seen[name] = [length, crc]
 
     def state() -> Iterator[bytes]:
         summary = snapshot.summary | {"files": seen}
@@ -119,26 +126,21 @@ def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
     return {**{name: weights(name) for name in snapshot.tensors}, STATE_NAME: state()}
 
 
-def read_checkpoint(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """state.json and the files of these names, each checked against it."""
+def verified(folder: Path, *names: str) -> dict[str, Any]:
+    """state.json, after the files of these names, or all that it tells of, were read and checked, a piece at a time.
+    What they hold can be read when it is wanted: a file of a checkpoint never changes, it only goes with the folder."""
     try:
         summary: dict[str, Any] = json.loads((folder / STATE_NAME).read_bytes())
         if summary.pop(SEAL) != _seal(summary):
             raise ValueError(f"{STATE_NAME} does not match its own seal")
-        files = {name: (folder / name).read_bytes() for name in names}
-        for name, data in files.items():
-            if [len(data), crc32c(data)] != summary["files"][name]:
-                raise ValueError(f"{name}: {len(data)} bytes, crc32c {crc32c(data):08x}")
+        for name in names or summary["files"]:
+            length = crc = 0
+            for piece in pieces(folder / name):
+                length, crc = length + len(piece), crc32c(piece, crc)
+            if [length, crc] != summary["files"][name]:
+                raise ValueError(f"{name}: {length} bytes, crc32c {crc:08x}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(wrong=f"checkpoint {folder} is damaged", found=str(error), mend="use the one before") from None
-    return summary, files
-
-
-def verified(folder: Path) -> dict[str, Any]:
-    """state.json, after every file was read and checked, one at a time."""
-    summary, _ = read_checkpoint(folder)
-    for name in summary["files"]:
-        read_checkpoint(folder, name)
     return summary
 
 
@@ -171,7 +173,7 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
     last: Corrupt | None = None
     for folder in reversed(checkpoints(run_dir)):
         try:
-            summary, files = read_checkpoint(folder, MODEL_NAME, EMA_NAME, OPTIMIZER_NAME)
+            summary = verified(folder)
         except Corrupt as fault:
             log.say(f"passing over {fault}")
             last = fault
@@ -182,13 +184,14 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
                 found=_differing(summary["student"], state.student.config.to_dict()),
                 mend="give the init that it began with, or another `out`",
             )
-        weights, saved = state.weights(), load(files[MODEL_NAME])
-        _require_alike(run_dir, saved, weights)
-        for name, tensor in saved.items():
+        weights = state.weights()
+        _require_alike(run_dir, read_header(folder / MODEL_NAME), weights)
+        for name, tensor in tensors_of(folder / MODEL_NAME):
             weights[name].copy_(tensor)
-        for name, tensor in load(files[EMA_NAME]).items():
-            state.ema[name].copy_(tensor)
-        _restore_optimizers(state, load(files[OPTIMIZER_NAME]))
+        if state.ema:
+            for name, tensor in tensors_of(folder / EMA_NAME):
+                state.ema[name].copy_(tensor)
+        _restore_optimizers(state, folder / OPTIMIZER_NAME)
         for name in state.counters():
             if name != "scaler":
                 setattr(state, name, summary[name])
@@ -205,8 +208,9 @@ def restore(run_dir: Path, state: TrainState, log: Log) -> dict[str, Any] | None
     return None
 
 
-def _require_alike(run_dir: Path, saved: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-    theirs, here = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (saved, mine))
+def _require_alike(run_dir: Path, saved: Mapping[str, StoredTensor], mine: Mapping[str, Tensor]) -> None:
+    theirs = {name: stored.shape for name, stored in saved.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in mine.items()}
     odd = sorted(name for name in theirs.keys() | here.keys() if theirs.get(name) != here.get(name))
     if odd:
         raise Refused(
@@ -221,22 +225,22 @@ def _differing(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {theirs.get(name)}, now {mine[name]}" for name in odd)
 
 
-def _restore_optimizers(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizers(state: TrainState, path: Path) -> None:
+    """Of each rank only what it holds."""
     parameters = dict(state.student.named_parameters())
     mine = own_slots(state.optimizers)
-    for key, tensor in tensors.items():
+    for key, stored in read_header(path).items():
         name, slot = key.rsplit(":", 1)
-        parameter = parameters[name]
-        if parameter in mine:
-            mine[parameter][slot] = tensor.to(parameter.device)
+        if parameters[name] in mine:
+            mine[parameters[name]][slot] = read_tensor(stored).to(parameters[name].device)
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor.detach())
-            for name, tensor in tensors.items()}  # fmt: skip
+            for name, tensor in tensors}  # fmt: skip
 
 
-def _is_milestone(folder: Path, every: int | None) -> bool:
+def is_milestone(folder: Path, every: int | None) -> bool:
     if every is None:
         return False
     try:

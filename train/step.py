@@ -53,8 +53,11 @@ class Stepper:
         self._weights = None if weights is None else weights.to(world.device)
         self._total_steps = total_steps
         forward: Any = torch.compile(state.student) if config.compile else state.student
-        self._student: nn.Module = world.wrap(forward)
         self._gradients = world.flat_gradients(state.student)
+        if world.size > 1 and not self._gradients:
+            lend_gradients(state.student)
+        self._student: nn.Module = world.wrap(forward)
+        self._is_bucketed = isinstance(self._student, nn.parallel.DistributedDataParallel)
 
     def take(self, step: Step) -> Taken:
         state = self._state
@@ -110,7 +113,7 @@ class Stepper:
         """All that a micro-batch costs, and nothing of it stays."""
         with self._without_sync():
             self.backward(micro.to(self._world.device), share=1.0)
-        self._state.student.zero_grad(set_to_none=True)
+        self._forget_gradients()
 
     def _descend(self) -> tuple[Tensor, bool]:
         """The gradient's norm, and whether the step was skipped."""
@@ -129,20 +132,30 @@ class Stepper:
         return norm, skipped
 
     def _forget_gradients(self) -> None:
+        student = self._state.student
         if self._gradients:
             self._gradients.zero()
+        elif self._is_bucketed:  # without them the next ones would grow beside the buckets until they are sent
+            torch._foreach_zero_([each.grad for each in student.parameters() if each.grad is not None])
         else:
-            self._state.student.zero_grad(set_to_none=True)
+            student.zero_grad(set_to_none=True)
 
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients cross the network once per optimizer step."""
-        wrapped = isinstance(self._student, nn.parallel.DistributedDataParallel)
-        return self._student.no_sync() if wrapped else contextlib.nullcontext()  # type: ignore[operator]
+        return self._student.no_sync() if self._is_bucketed else contextlib.nullcontext()  # type: ignore[operator]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self._world.device.type, dtype=DTYPES[self._config.precision])
+
+
+def lend_gradients(student: nn.Module) -> None:
+    """Zeros without memory of their own: DistributedDataParallel puts the gradients that are there when it begins into
+    its buckets, and there they stay."""
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
 
 
 def require_progress(state: TrainState, ids: list[str]) -> None:

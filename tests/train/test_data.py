@@ -11,6 +11,7 @@ import torch
 
 from common.encoding import INT8
 from common.errors import BadUsage, Corrupt, Partial
+from common.manifest import Receipt
 from common.record import BOTH, GUIDED
 from common.shards import ShardSet
 from tests.made import NUMERICS, made_contract, made_record
@@ -167,6 +168,34 @@ def test_a_loop_that_is_slow_finds_more_steps_ready(shards: ShardSet, workers: i
         for number, _ in zip(range(12), source, strict=False):
             time.sleep(0.05 if number else 0.5)  # the first ones wait for processes to start
         assert len(source._ahead) == MOST_AHEAD
+
+
+def test_a_new_epoch_is_asked_for_at_the_same_step_however_far_a_rank_looks_ahead(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 freezes it while the others wait: one that asked earlier would wait for a rank that waits for it."""
+    receipts = shards.manifest().receipts
+
+    def asked_at(loop_s: float, read_s: float) -> tuple[list[tuple[int, int]], int]:
+        asked: list[tuple[int, int]] = []
+        taken, most = 0, 0
+
+        def freeze(epoch: int) -> tuple[Receipt, ...]:
+            asked.append((epoch, taken))
+            return receipts
+
+        with monkeypatch.context() as slowed:
+            read = filling._read_point
+            slowed.setattr(filling, "_read_point", lambda *words: (time.sleep(read_s), read(*words)))
+            with Feed(shards, Order(0, freeze), global_batch=6, micro_batch=3, rank=0, world=1) as source:
+                for _, _step in zip(range(15), source, strict=False):
+                    taken, most = taken + 1, max(most, len(source._ahead))
+                    time.sleep(loop_s)
+        return asked, most
+
+    slow, fast = asked_at(0.03, 0.0), asked_at(0.0, 0.003)
+    assert slow[1] == MOST_AHEAD and fast[1] == 1, "they looked ahead as far as they could, and as little"
+    assert slow[0] == fast[0] and len(slow[0]) >= 3
 
 
 def test_a_loop_that_waits_for_its_data_uses_two_slots(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.claim import claimed
@@ -21,7 +21,8 @@ from train.dist import World
 from train.loop import train
 from train.run_folder import EMA_NAME, LOCK_NAME, MODEL_NAME, OPTIMIZER_NAME, checkpoints, read_metrics, status_lines
 from train.start import new_state, open_student
-from train.state import Keep, read_checkpoint, snapshot_of, verify_lines, write_checkpoint
+from train.state import Keep, snapshot_of, verified, verify_lines, write_checkpoint
+from train.student.weights import safetensors_stream
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 FILES = (MODEL_NAME, EMA_NAME, OPTIMIZER_NAME)
@@ -251,14 +252,14 @@ def test_a_save_that_fails_is_heard_and_the_one_before_serves(
 def test_what_is_saved_is_the_moment_of_asking(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the steps do to it while it is being written; and only one file of it is in memory once more."""
+    """Whatever the steps do to it while it is being written; and its bytes are made one tensor at a time."""
     there: list[int] = []
 
-    def saved_late(tensors: dict[str, torch.Tensor]) -> bytes:
+    def saved_late(*inputs: Any) -> Iterator[bytes | memoryview]:
         there.append(len(list(tmp_path.rglob("*.safetensors"))))
-        return save(tensors)
+        return safetensors_stream(*inputs)
 
-    monkeypatch.setattr("train.state.save", saved_late)
+    monkeypatch.setattr("train.state.safetensors_stream", saved_late)
     config = check(TrainConfig, settings, source="test")
     student = open_student(config, ShardSet.open(config.set).contract)
     state = new_state(student, config, ALONE)
@@ -285,7 +286,7 @@ def test_half_precision_and_muon_resume_to_the_same_bits(
         with pytest.raises(Stopped):
             run(settings, limit_s=0.0)
     same(run(settings), whole)
-    facts, _ = read_checkpoint(checkpoints(whole)[-1])
+    facts = verified(checkpoints(whole)[-1])
     assert bool(facts["scaler"]) == (precision == "float16")
     slots = {key.rsplit(":", 1)[1] for key in load_file(checkpoints(whole)[-1] / OPTIMIZER_NAME)}
     assert ("momentum" in slots) == (muon is not None) and "exp_avg" in slots

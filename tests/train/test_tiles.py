@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,7 @@ def test_tiles_cover_a_side_and_overlap(length: int) -> None:
     assert found[-1] == max(0, length - 24)
 
 
-def test_a_large_picture_is_near_what_the_whole_network_makes_of_it() -> None:
-    """The real network, its attention over the whole picture included."""
+def random_vae() -> Any:
     from tests.micro import VAE
     from train.vae.network import Vae2d, VaeConfig
 
@@ -53,7 +53,27 @@ def test_a_large_picture_is_near_what_the_whole_network_makes_of_it() -> None:
               "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
               "decoder_base_dim": None, "is_residual": False, "in_channels": 3, "out_channels": 3,
               "patch_size": None}  # fmt: skip
-    vae = Vae2d(VaeConfig.from_dict(values | VAE)).eval()
+    return Vae2d(VaeConfig.from_dict(values | VAE)).eval()
+
+
+@pytest.mark.parametrize(("side", "num", "most"), [(16, 9, 4), (8, 17, 16), (32, 2, 1)])
+def test_many_pictures_take_turns_and_stay_what_they_are(
+    side: int, num: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as one tile has room for, here of 32 x 32; a picture alone has other last bits."""
+    vae = random_vae()
+    latents = torch.randn(num, 16, side, side)
+    at_once = vae.decode(latents)
+    seen: list[int] = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("train.vae.network.TILE", 32)
+    torch.testing.assert_close(vae.decode(latents), at_once, rtol=0, atol=5e-5)
+    assert max(seen) == most and sum(seen) == num
+
+
+def test_a_large_picture_is_near_what_the_whole_network_makes_of_it() -> None:
+    """The real network, its attention over the whole picture included."""
+    vae = random_vae()
     latents = torch.randn(1, 16, 16, 152)
     tiled = vae.decode(latents)
     whole = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)

@@ -147,7 +147,7 @@ class Feed:
         while True:
             asked = time.monotonic()
             self._let_go()
-            while len(self._ahead) <= self._num_ahead:
+            while self._wants_more():
                 self._submit(self._order.next_batch(self._global_batch))
             self._in_hand = self._ahead.popleft()
             step = self._finish(self._in_hand)
@@ -157,6 +157,11 @@ class Feed:
 
     def close(self) -> None:
         self._reader.close()
+
+    def _wants_more(self) -> bool:
+        """One step ahead at every rank alike; further ones at its own pace, and in epochs that are frozen."""
+        num_ahead = len(self._ahead)
+        return num_ahead <= 1 or (num_ahead <= self._num_ahead and self._order.is_known(self._global_batch))
 
     def _let_go(self) -> None:
         """The memory of the last step; what was used last is used first."""

@@ -155,8 +155,16 @@ class Order:
     def cursor(self) -> dict[str, list[int]]:
         return {f"{h}x{w}": [place.epoch, place.position] for (h, w), place in sorted(self._places.items())}
 
+    def is_known(self, num_samples: int) -> bool:
+        """Whether the next batch needs no epoch that is not frozen yet. All ranks must ask for a new one at the same
+        step: rank 0 freezes it, the others wait for that, and it must not be waiting for them in a collective."""
+        size = self._next_size()
+        place = self._places[size]
+        known = (self._epochs.get(epoch, {}).get(size, ()) for epoch in (place.epoch, place.epoch + 1))
+        return sum(map(len, known)) - place.position >= num_samples
+
     def next_batch(self, num_samples: int) -> Batch:
-        size = min(sorted(self._places), key=self._progress)
+        size = self._next_size()
         place = self._places[size]
         first_epoch = place.epoch
         parts: list[Array] = []
@@ -175,6 +183,9 @@ class Order:
 
     def epoch_length(self, epoch: int) -> int:
         return sum(len(stream) for stream in self._streams(epoch).values())
+
+    def _next_size(self) -> Size:
+        return min(sorted(self._places), key=self._progress)
 
     def _turn_the_page(self, size: Size) -> None:
         place = self._places[size]

@@ -3,6 +3,7 @@
     weights = FolderWeights(teacher_dir / "transformer")     # one file, shards with an index, or a `.fp16.` variant
     tensor = weights.tensor("proj_out.weight")
     write_atomic(path, safetensors_stream(shapes, tensors, {"format": "pt"}))
+    for name, tensor in tensors_of(path): ...
 
 Nothing larger than one tensor is in memory, whatever the folder holds.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import BadUsage, Corrupt
-from common.tensor_file import read_header, weight_files
+from common.tensor_file import StoredTensor, read_header, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,14 +40,22 @@ class FolderWeights:
 
     def tensor(self, name: str) -> Tensor:
         """In float32, whatever the file's dtype."""
-        stored = self._stored[name]
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        with open(stored.path, "rb") as stream:
-            stream.seek(stored.offset)
-            num_read = stream.readinto(tensor.flatten().view(torch.uint8).numpy().data)
-        if num_read != tensor.nbytes:
-            raise Corrupt(wrong=f"{stored.path} ends within a tensor", found=name, mend="fetch the file again")
-        return tensor.to(torch.float32)
+        return read_tensor(self._stored[name]).to(torch.float32)
+
+
+def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of one file, each read when it is asked for."""
+    return ((name, read_tensor(stored)) for name, stored in read_header(path).items())
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    with open(stored.path, "rb") as stream:
+        stream.seek(stored.offset)
+        num_read = stream.readinto(tensor.flatten().view(torch.uint8).numpy().data)
+    if num_read != tensor.nbytes:
+        raise Corrupt(wrong=f"{stored.path} ends within a tensor", found=stored.name, mend="fetch the file again")
+    return tensor
 
 
 def safetensors_stream(
@@ -64,4 +73,4 @@ def safetensors_stream(
     yield len(text).to_bytes(8, "little") + text
     for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=True):
         assert name == expected and tuple(tensor.shape) == shape, f"{name} {tuple(tensor.shape)} for {expected} {shape}"
-        yield tensor.to(torch.float32).contiguous().numpy().data
+        yield tensor.to(torch.float32).contiguous().flatten().numpy().data

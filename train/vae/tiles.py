@@ -1,4 +1,4 @@
-"""A large picture through a network in overlapping tiles, whose edges fade into each other.
+"""A large picture through a network in overlapping tiles, whose edges fade into each other; many small ones in turns.
 
     pixels = in_tiles(decoder, latents, tile=128, overlap=32, scale=Fraction(8))        scale: of the output's sides
 
@@ -13,8 +13,13 @@ from torch import Tensor
 
 
 def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, scale: Fraction) -> Tensor:
-    """x [B, C, H, W] -> [B, C', H * scale, W * scale]; `network` is given at most `tile` pixels a side."""
+    """x [B, C, H, W] -> [B, C', H * scale, W * scale]; `network` is given at most `tile` pixels a side, and no more
+    pictures than one tile has room for: 64 of Wan's at 512x512 would be tensors of 13 GB."""
     height, width = x.shape[2:]
+    together = max(1, tile * tile // (height * width))
+    if len(x) > together:
+        parts = [in_tiles(network, part, tile=tile, overlap=overlap, scale=scale) for part in x.split(together)]
+        return torch.cat(parts)
     if max(height, width) <= tile:
         return network(x)
     out: Tensor | None = None
