@@ -10,7 +10,8 @@ import pytest
 from common.errors import Partial
 from common.manifest import Receipt
 from tests.made import NUMERICS
-from train.feed.order import Order, permuted
+from train.feed.order import Order
+from train.feed.permutation import permuted
 
 
 def receipt(
