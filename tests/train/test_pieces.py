@@ -15,7 +15,7 @@ import pytest
 from common.errors import Corrupt
 from common.record import Array
 from common.shards import ShardSet
-from tests.made import ROOT
+from tests.made import NUMERICS, ROOT, made_contract, made_record
 from tests.train.test_data import copied, feed, flip_a_bit, made_set, saying, steps_of
 from train.feed.filling import Filler, Options
 from train.feed.order import Order
@@ -81,6 +81,22 @@ def test_who_takes_the_place_of_a_dead_one_reads_what_that_one_had_taken(shards:
     expected = filled(alone, shards, [ALONE])
     for number in range(BATCH):  # taken, and never read
         assert together.points_taken.take(number, 1) and together.texts_taken.take(number, 1)
+    assert filled(together, shards, [Share(0, 2), Share(1, 2)]) == expected
+    assert held(together, expected) == held(alone, expected)
+
+
+def test_what_a_dead_one_had_taken_is_read_also_where_its_shard_must_be_opened_again(tmp_path: Path) -> None:
+    """Each record in a shard of its own: who takes the dead one's place has none of them open but its own."""
+    contract = made_contract()
+    shards = ShardSet.create(tmp_path / "set", contract)
+    for number in range(12):
+        shards.commit([made_record(number, contract, side=64)], NUMERICS, container="zarr")
+    alone, together = asked(shards), asked(shards)
+    expected = filled(alone, shards, [ALONE])
+    for number in range(BATCH):
+        assert together.points_taken.take(number, 1)
+    for number in range(expected.num_texts):
+        assert together.texts_taken.take(number, 1)
     assert filled(together, shards, [Share(0, 2), Share(1, 2)]) == expected
     assert held(together, expected) == held(alone, expected)
 

@@ -106,9 +106,11 @@ class _Filling:
     def read_points(self) -> None:
         slot, found = self._slot, self._found
         own, others = self._share.rows(len(self._request))
+        left_behind = slot.points_taken.of(self._share.number)  # nobody else reads what a dead one had taken
         # First look-ups, then reads: a read sweeps the caches, a look-up between two would wait for memory.
         self._look_up(own)
-        for row in [*own, *(row for row in others if self._is_at_hand(self._request[row][0]))]:
+        at_hand = (row for row in others if self._is_at_hand(self._request[row][0]))
+        for row in dict.fromkeys([*own, *left_behind, *at_hand]):
             if not slot.points_taken.take(row, self._share.number):
                 continue
             if row not in found:
@@ -198,7 +200,8 @@ class _Filling:
         """Its own rows', then what others may not have come to."""
         own = dict.fromkeys(whose for row, whose in zip(layout.rows, layout.inverse, strict=True) if row in self._found)
         others = [number for number, name in enumerate(layout.names) if self._is_at_hand(name[0])]
-        return dict.fromkeys([*own, *others])
+        left_behind = [number for number in self._slot.texts_taken.of(self._share.number) if number < len(layout.names)]
+        return dict.fromkeys([*own, *left_behind, *others])
 
     def _is_at_hand(self, stem: bytes) -> bool:
         """Helping others is no help where a shard must be opened for it: they open it too."""

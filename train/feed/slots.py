@@ -100,6 +100,10 @@ class Marks:
             self._by_whom[number] = reader + 1
         return before in (0, reader + 1)  # its own already: taken by the dead one whose place it takes
 
+    def of(self, reader: int) -> list[int]:
+        """What it has taken, or the dead one whose place it takes."""
+        return [number for number, by_whom in enumerate(self._array.tolist()) if by_whom == reader + 1]
+
     def end_at(self, count: int) -> None:
         """There are no more."""
         self._array[count:] = np.iinfo(self.DTYPE).max
