@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Corrupt
+from common.files import pieces
 
 CRC_BYTES = 4
 CLOSED = -1
@@ -25,6 +26,14 @@ def crc32c(data: Any, before: int = 0) -> int:
     """Of anything with a buffer; `before`: of what came before it, where it is a piece of something."""
     data = data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
     return int(google_crc32c.extend(before, data))
+
+
+def measured(path: Path) -> tuple[int, int]:
+    """Bytes and crc32c of a file, which is never whole in memory."""
+    num_bytes = crc = 0
+    for piece in pieces(path):
+        num_bytes, crc = num_bytes + len(piece), crc32c(piece, crc)
+    return num_bytes, crc
 
 
 class Extents:

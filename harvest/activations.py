@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import write_atomic
+from common.seals import leave
 from common.shards import ASSETS, ShardSet
 from harvest.teacher import Teacher
 
@@ -96,7 +96,7 @@ def listening(teacher: Teacher, shards: ShardSet) -> Iterator[None]:
         listener.close()
         teacher.listener = None
     if means and all(mean.isfinite().all() for mean in means.values()):
-        write_atomic(path, save(means))
+        leave(shards.path / ASSETS, ACTIVATIONS_NAME, save(means))
 
 
 def _of_output(module: Any, inputs: Any, output: Tensor) -> Tensor:

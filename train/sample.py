@@ -20,6 +20,7 @@ from torch import Tensor
 from common.config import load_config
 from common.record import Record
 from common.schedule import Grid, seeded_noise
+from common.seals import sound
 from common.shards import ASSETS, ShardSet
 from train.chosen import first_records
 from train.config import TrainConfig
@@ -78,7 +79,7 @@ def sample(run_dir: Path, *, num: int, steps: int | None, device: torch.device =
 def pairs(shards: ShardSet, student: Answer, records: Sequence[Record], grid: Grid, *, text_rows: int,
           device: torch.device) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The student's pictures and its teacher's, [N, H, W, 3] bytes each."""
-    vae = load_vae(shards.path / ASSETS / "vae").to(device)
+    vae = load_vae(sound(shards.path / ASSETS, "vae")).to(device)
     mine, theirs = [], []
     for begin in range(0, len(records), BATCH):
         batch = records[begin : begin + BATCH]

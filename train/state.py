@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from common.errors import Corrupt, Refused
-from common.extents import crc32c
-from common.files import pieces, sweep, write_folder
+from common.extents import crc32c, measured
+from common.files import sweep, write_folder
 from common.log import Log
 from common.tensor_file import StoredTensor, read_header
 from train.loss import NUM_LEVELS
@@ -134,9 +134,7 @@ def verified(folder: Path, *names: str) -> dict[str, Any]:
         if summary.pop(SEAL) != _seal(summary):
             raise ValueError(f"{STATE_NAME} does not match its own seal")
         for name in names or summary["files"]:
-            length = crc = 0
-            for piece in pieces(folder / name):
-                length, crc = length + len(piece), crc32c(piece, crc)
+            length, crc = measured(folder / name)
             if [length, crc] != summary["files"][name]:
                 raise ValueError(f"{name}: {length} bytes, crc32c {crc:08x}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ from common.cleaning import clean_prompt
 from common.errors import BadUsage, Refused
 from common.record import Array, Contract
 from common.schedule import seeded_noise
+from common.seals import sound
 from common.shards import ASSETS
 from common.tensor_file import weight_files
 from train.dist import HOST
@@ -35,14 +36,14 @@ def draw_words(run_dir: Path, prompts: Sequence[str], encoder_dir: Path, *, seed
     contract, first = run.shards.contract, run.shards.manifest().receipts[0]
     height, width = size or (first.height, first.width)
     texts = encode(encoder_dir, [contract.negative_prompt, *map(clean_prompt, prompts)], contract)
-    _require_same(texts[0], np.load(run.shards.path / ASSETS / "negative.npy", allow_pickle=False), encoder_dir)
+    _require_same(texts[0], np.load(sound(run.shards.path / ASSETS, "negative.npy"), allow_pickle=False), encoder_dir)
     stride = contract.latent_stride
     shape = (contract.latent_channels, height // stride, width // stride)
     noise = np.stack([seeded_noise(seed + number, shape) for number in range(len(prompts))])
     rows, lengths = padded([text[: run.student.config.text_max_length] for text in texts[1:]])
     answer, state = run.answer(guidance), torch.from_numpy(noise).to(device)
     latents = drawn_from(answer, state, rows.to(device), lengths.to(device), run.objective.grid(steps))
-    return pictures(load_vae(run.shards.path / ASSETS / "vae").to(device).decode(latents.to(device)))
+    return pictures(load_vae(sound(run.shards.path / ASSETS, "vae")).to(device).decode(latents.to(device)))
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ import google_crc32c
 from common.errors import Corrupt, Refused
 from common.files import FULL, pieces, sweep, write_atomic
 from common.manifest import Receipt
+from common.seals import SEALS, read_seal
 from common.shards import ASSETS, CONTRACT_NAME, LEFT_OVER_AFTER_S, MOVED, QUARANTINE, RECEIPTS, SHARDS
 from harvest.assets import VAE_CONFIG
 from harvest.quarantine import Note, joined
@@ -90,9 +91,7 @@ def carry(source: Place, target: Place, *, free: bool = False) -> Iterator[Recei
     if target.size(CONTRACT_NAME) is not None and b"".join(target.read(CONTRACT_NAME)) != contract:
         raise Refused(wrong="the target holds a set of another contract", found=CONTRACT_NAME, mend="carry elsewhere")
     target.write(CONTRACT_NAME, iter([contract]))
-    for name in sorted(source.names(ASSETS), key=lambda name: name == VAE_CONFIG):  # that one last: harvest/assets.py
-        if target.size(name) != source.size(name):
-            target.write(name, source.read(name))
+    carry_assets(source, target)
     committed = source.names(RECEIPTS)
     carry_notes(source, target)  # those of every receipt that has just been seen, and before it
     for name in committed:
@@ -166,14 +165,43 @@ def _carry_shard(source: Place, target: Place, receipt: Receipt) -> None:
         _carry_file(source, target, f"{SHARDS}/{receipt.stem}{part}", size, crc)
 
 
+def carry_assets(source: Place, target: Place) -> None:
+    names = (name for name in source.names(ASSETS) if SEALS not in Path(name).parts)  # seals go with their files
+    for name in sorted(names, key=lambda name: name == VAE_CONFIG):  # that one last: harvest/assets.py
+        _carry_asset(source, target, name)
+
+
+def _carry_asset(source: Place, target: Place, name: str) -> None:
+    """What is whole at the target stays; so does what nobody can judge."""
+    seal, theirs = _seal_of(source, name), _seal_of(target, name)
+    if theirs is not None and _is_sound(target, name, read_seal(b"".join(target.read(theirs)), theirs)):
+        return
+    if seal is not None:
+        _carry_file(source, target, name, *read_seal(b"".join(source.read(seal)), seal))
+        target.write(seal, source.read(seal))
+    elif target.size(name) is None:
+        target.write(name, source.read(name))
+
+
+def _seal_of(place: Place, name: str) -> str | None:
+    """An asset's own, or that of a folder it lies in."""
+    path = Path(name)
+    seals = (str(folder / SEALS / f"{path.relative_to(folder)}.json") for folder in path.parents)
+    return next((seal for seal in seals if place.size(seal) is not None), None)
+
+
+def _is_sound(place: Place, name: str, told: tuple[int, int]) -> bool:
+    return place.size(name) == told[0] and _crc(place, name) == told[1]
+
+
 def _carry_file(source: Place, target: Place, name: str, size: int, crc: int) -> None:
     """One file, compared with its receipt after it has arrived; what arrived before and is whole stays."""
-    if target.size(name) == size and _crc(target, name) == crc:
+    if _is_sound(target, name, (size, crc)):
         return
     if source.size(name) is None:
         raise Corrupt(wrong=f"{name} is missing at the source", found="a receipt without its shard", mend="verify it")
     target.write(name, source.read(name))
-    if target.size(name) != size or _crc(target, name) != crc:
+    if not _is_sound(target, name, (size, crc)):
         target.remove(name)
         raise Corrupt(wrong=f"{name} did not arrive as it was written", found="another size or crc32c",
                       mend="verify the source, then run the same command again")  # fmt: skip

@@ -1,6 +1,7 @@
 """The commands on whole sets: options in, one call, lines out."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,20 @@ class Share(click.ParamType):
 def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: Path | None) -> None:
     """Read every byte of SET against its checksums; exit 5 if one is not what was written."""
     from harvest.granary.verify import verify as damages_of
+    from harvest.granary.verify import verify_assets
 
     if recompute is not None and config_path is None:
         raise BadUsage(wrong="--recompute", found="no --config", mend="say with which configuration it was harvested")
     shards = ShardSet.open(set_path)
     num_damages = 0
-    for damage in damages_of(shards):
+    for damage in itertools.chain(damages_of(shards), verify_assets(shards)):
         num_damages += 1
         click.echo(json.dumps(dataclasses.asdict(damage)) if as_json else str(damage))
     if num_damages:
         raise Corrupt(
             wrong=f"{set_path} is damaged in {num_damages} files",
             found="see above",
-            mend="copy those shards again, or `python -m harvest repair SET CONFIG`",
+            mend="copy those again, or `python -m harvest repair SET CONFIG`",
         )
     manifest = shards.manifest()
     whole = {"shards": len(manifest.receipts), "records": manifest.num_records, "bytes": manifest.num_bytes}

@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import BadUsage
 from common.manifest import Receipt
 from common.record import Contract, Record
+from common.seals import sound
 from common.shards import ASSETS, ShardSet
 from common.tensor_file import weight_files
 from harvest.running.health import rms
@@ -83,7 +84,7 @@ def _vae(shards: ShardSet) -> Any:
     from harvest.loading.folder import Component, read_json
     from harvest.loading.weights import load_model
 
-    folder = shards.path / ASSETS / "vae"
+    folder = sound(shards.path / ASSETS, "vae")
     if not (folder / "config.json").exists():
         raise BadUsage(wrong=f"{shards.path} holds no VAE", found=f"no {folder}", mend="see the numbers without --out")
     config = read_json(folder / "config.json")

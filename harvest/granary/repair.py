@@ -1,4 +1,4 @@
-"""`harvest repair SET CONFIG`: items that hold damaged or quarantined records, asked again.
+"""`harvest repair SET CONFIG`: items that hold damaged or quarantined records, asked again; damaged assets, left again.
 
     for line in repair(config, set_dir): ...
 
@@ -20,11 +20,12 @@ from common.files import sync_folder, write_atomic
 from common.manifest import Receipt
 from common.shard_header import pack_records
 from common.shard_reader import CONTAINERS
-from common.shards import ShardSet, make_receipt
+from common.shards import ASSETS, ShardSet, make_receipt
+from harvest.assets import leave_again
 from harvest.config import HarvestConfig
 from harvest.granary.again import Asked, asked_again, task_for, walked_as
 from harvest.granary.rebuild import rebuild
-from harvest.granary.verify import LOST_RECEIPT, verify
+from harvest.granary.verify import LOST_RECEIPT, verify, verify_assets
 from harvest.quarantine import Note, notes_that_count
 from harvest.running.health import Health
 from harvest.running.loop import Task
@@ -33,14 +34,15 @@ from harvest.running.loop import Task
 def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
     """One line for each thing that was mended; the teacher is loaded only where nothing less will do."""
     shards, task = ShardSet.open(set_dir), task_for(config, set_dir)
-    damages = list(verify(shards))
+    damages, assets = list(verify(shards)), list(verify_assets(shards))
     lost = {damage.item for damage in damages if damage.pieces == LOST_RECEIPT}
     items = sorted({damage.item for damage in damages} - lost)
     notes = [note for note in notes_that_count(set_dir, shards.manifest()) if note.faults]
     faults: list[Fault] = []
-    if items or notes:
+    if items or notes or assets:
         with asked_again(task) as asked:
-            questions = [partial(_mend, asked, item) for item in items]
+            questions = [partial(_leave_again, asked, damage.file) for damage in assets]
+            questions += [partial(_mend, asked, item) for item in items]
             questions += [partial(_ask_once_more, asked, note) for note in notes]
             for ask in questions:
                 try:
@@ -50,10 +52,15 @@ def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
                     yield str(fault)
     for made in rebuild(shards) if lost else ():
         yield f"item {made.item}: receipt made again" if isinstance(made, Receipt) else str(made)
-    if not damages and not notes:
+    if not damages and not notes and not assets:
         yield "nothing is damaged, nothing is quarantined"
     if faults:
         raise faults[0]
+
+
+def _leave_again(asked: Asked, name: str) -> str:
+    leave_again(name, asked.shards, asked.task.resolved, asked.teacher)
+    return f"{ASSETS}/{name}: left again"
 
 
 def _mend(asked: Asked, damaged: str) -> str:

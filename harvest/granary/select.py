@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import Partial
-from common.files import pieces, write_atomic, write_folder
 from common.manifest import Manifest, Receipt
 from common.record import Array, Contract, item_id
 from common.shard_header import PackedShard, ShardHeader, record_of
 from common.shard_reader import check_records
-from common.shards import ASSETS, ShardSet, is_held_out
-from harvest.granary.carry import LocalPlace, carry_notes, require_apart
+from common.shards import ShardSet, is_held_out
+from harvest.granary.carry import LocalPlace, carry_assets, carry_notes, require_apart
 from harvest.plan import moved_keys
 
 
@@ -144,14 +143,7 @@ def _target(out_dir: Path, sources: Sequence[ShardSet], contract: Contract) -> S
     for source in sources:
         require_apart(LocalPlace(source.path), LocalPlace(out_dir))
     out = ShardSet.create(out_dir, contract)
-    assets = sources[0].path / ASSETS
-    for folder in sorted(path for path in assets.iterdir() if path.is_dir()) if assets.is_dir() else []:
-        if not (out.path / ASSETS / folder.name).exists():
-            files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-            write_folder(out.path / ASSETS / folder.name, files)
-    for path in sorted(path for path in assets.glob("*") if path.is_file()):
-        if not (out.path / ASSETS / path.name).exists():
-            write_atomic(out.path / ASSETS / path.name, pieces(path))
+    carry_assets(LocalPlace(sources[0].path), LocalPlace(out_dir))
     return out
 
 

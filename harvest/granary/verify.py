@@ -1,6 +1,7 @@
 """Every byte of a set against its checksums, at disk speed.
 
     for damage in verify(shards): ...          missing | torn | altered, by item, file, record and field
+    for damage in verify_assets(shards): ...   of what stands beside the shards
     require_whole(shards, receipt)             raises the first one
 
 A file is read once, against the crc32c in its receipt; only an altered one is looked into, piece by piece.
@@ -11,15 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
-
 from common.errors import Corrupt
-from common.extents import Extents
+from common.extents import Extents, measured
 from common.manifest import Receipt, receipt_paths
+from common.seals import SEALS, damage_of, sealed
 from common.shard_reader import ARCHIVES, OffsetReader, damaged
-from common.shards import RECEIPTS, ShardSet
+from common.shards import ASSETS, CONTRACT_NAME, RECEIPTS, ShardSet
+from harvest.samples import SAMPLES
 
-READ_BYTES = 1 << 22
 THREADS = 4
 LOST_RECEIPT = ("the receipt",)
 """What was hit when a receipt does not match its own digest."""
@@ -54,12 +54,24 @@ def verify(shards: ShardSet) -> Iterator[Damage]:
             yield from damages
 
 
+def verify_assets(shards: ShardSet) -> Iterator[Damage]:
+    """Against their seals; samples and first students have their own."""
+    assets = shards.path / ASSETS
+    for seals in sorted(path for path in assets.rglob(SEALS) if path.is_dir()):
+        for name in sealed(seals.parent):
+            if damage := damage_of(seals.parent, name):
+                file = str((seals.parent / name).relative_to(assets))
+                yield Damage(item=ASSETS, kind=damage[0], file=file, pieces=(), found=damage[1])
+    if (assets / SAMPLES / CONTRACT_NAME).exists():
+        yield from verify(ShardSet.open(assets / SAMPLES))
+
+
 def examine(shards: ShardSet, receipt: Receipt) -> Iterator[Damage]:
     """What is wrong with one shard."""
     for name, path in receipt.paths(shards.shards_dir).items():
         size, crc = receipt.files[name]
         try:
-            found_size, found_crc = _measure(path)
+            found_size, found_crc = measured(path)
         except OSError as error:
             kind, found = "missing", error.strerror or "unreadable"
         else:
@@ -75,15 +87,6 @@ def examine(shards: ShardSet, receipt: Receipt) -> Iterator[Damage]:
 def require_whole(shards: ShardSet, receipt: Receipt) -> None:
     for damage in examine(shards, receipt):
         raise damaged(receipt, f"{damage.file} ({'; '.join(damage.pieces[:2])})", f"{damage.kind}, {damage.found}")
-
-
-def _measure(path: Path) -> tuple[int, int]:
-    size = crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            size += len(chunk)
-            crc = google_crc32c.extend(crc, chunk)
-    return size, crc
 
 
 def _hit(shards: ShardSet, receipt: Receipt, name: str, kind: str) -> Iterator[str]:

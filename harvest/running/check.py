@@ -19,12 +19,13 @@ from common.files import TEMPORARY_PREFIX
 from common.log import Log
 from common.shards import RUNS, ShardSet
 from common.stop import StopRequest
+from harvest.assets import leave_assets
 from harvest.config import HarvestConfig
 from harvest.granary.verify import require_whole
 from harvest.meaning import make_contract, make_numerics
 from harvest.running.events import HarvestWatch
 from harvest.running.health import Health
-from harvest.running.loop import leave_assets_once, read_task, ready_teacher
+from harvest.running.loop import read_task, ready_teacher
 from harvest.running.shortage import memory_told
 
 STDERR = 2
@@ -60,7 +61,7 @@ def check(config: HarvestConfig) -> None:
                               mend="compute in bfloat16 or float32 (teacher.dtype)")  # fmt: skip
             with _timed("write", config, log):
                 receipt = shards.commit(good, make_numerics(config, teacher), container=config.container)
-                leave_assets_once(shards, task.resolved, teacher)
+                leave_assets(shards, task.resolved, teacher)
             with _timed("verify", config, log):
                 require_whole(shards, receipt)
     finally:

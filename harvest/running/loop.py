@@ -10,7 +10,6 @@ Killed at any moment, the same command goes on: an item is either committed or d
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -145,7 +144,7 @@ def _work(task: Task, part: Slice, strict: bool, stop: StopRequest, watch: Harve
     )
     numerics = make_numerics(config, teacher)
     say_numerics(shards, numerics, log, strict=strict)
-    leave_assets_once(shards, task.resolved, teacher)
+    leave_assets(shards, task.resolved, teacher)
     watch.running()
     health = Health(shards, config.max_quarantined, log)
     if part.rank == 0 and (samples := task.missing_samples):
@@ -239,17 +238,6 @@ def say_cut(items: Sequence[WorkItem], teacher: Teacher, watch: HarvestWatch, lo
     if num_cut:
         told = f"{num_cut} of {len(prompts)} prompts are longer than the {limit} tokens that the teacher reads"
         log.say(f"{told}: their ends are cut", tokens=num_tokens, first=f"{cut[:60]}...")
-
-
-def leave_assets_once(shards: ShardSet, resolved: Resolved, teacher: Teacher) -> None:
-    """Several workers may leave them at once: whoever comes second finds them there."""
-    for last in (False, False, True):
-        try:
-            leave_assets(shards, resolved, teacher)
-            break
-        except OSError as error:
-            if last or not (isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY):
-                raise
 
 
 def _bytes_left(task: Task) -> int:

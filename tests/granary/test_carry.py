@@ -12,13 +12,14 @@ import pytest
 import common.files
 from common.errors import Corrupt, Refused
 from common.record import item_id
+from common.seals import replace
 from common.shards import ASSETS, MOVED, QUARANTINE, ShardSet
 from harvest.config import HarvestConfig
 from harvest.granary.carry import LocalPlace, carry
 from harvest.granary.recompute import recompute
 from harvest.granary.repair import repair
 from harvest.granary.select import Choice, convert, merge, subset, take
-from harvest.granary.verify import verify
+from harvest.granary.verify import verify, verify_assets
 from harvest.quarantine import Note, notes_of
 from tests.granary.test_granary import a_set, digests, hurt
 from tests.harvest.test_repair import bitwise_and_close
@@ -279,6 +280,23 @@ class TestAssets:
         (shards.path / ASSETS / ".tmp-1-vae").mkdir()
         (shards.path / ASSETS / ".tmp-1-vae" / "config.json").write_text("{")
         assert tree(carried(shards.path, tmp_path / "out")) == before
+
+    def test_a_damaged_one_does_not_arrive(self, tmp_path: Path, micro_set: Path) -> None:
+        source = shutil.copytree(micro_set, tmp_path / "set")
+        hurt(source / ASSETS / "negative.npy")
+        with pytest.raises(Corrupt, match="did not arrive"):
+            carried(source, tmp_path / "out")
+
+    def test_a_damaged_one_at_the_target_is_sent_again_and_a_sound_one_stays(
+        self, tmp_path: Path, micro_set: Path
+    ) -> None:
+        out = carried(micro_set, tmp_path / "out")
+        hurt(out / ASSETS / "negative.npy")
+        replace(out / ASSETS, "scheduler.json", b"{}")
+        carried(micro_set, out)
+        assert (out / ASSETS / "negative.npy").read_bytes() == (micro_set / ASSETS / "negative.npy").read_bytes()
+        assert (out / ASSETS / "scheduler.json").read_bytes() == b"{}"
+        assert list(verify_assets(ShardSet.open(out))) == []
 
     def test_a_vae_that_came_in_part_is_completed_by_a_run(
         self, tmp_path: Path, micro_set: Path, micro_wan: Path, micro_config: HarvestConfig

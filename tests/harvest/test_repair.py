@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import Corrupt
+from common.errors import Corrupt, Partial
 from common.record import BOTH, GUIDED, item_id
-from common.shards import ShardSet
+from common.shards import ASSETS, ShardSet
 from harvest.config import HarvestConfig
 from harvest.granary.look import describe, find, picture
 from harvest.granary.recompute import difference, recompute
 from harvest.granary.repair import repair
-from harvest.granary.verify import verify
+from harvest.granary.verify import verify, verify_assets
 from harvest.quarantine import Note
 from harvest.status import survey
 from tests.harvest.test_resume import as_file
@@ -52,6 +52,28 @@ def test_a_flipped_shard_comes_back_byte_for_byte(config: HarvestConfig, copied:
     assert sum("as it was, byte for byte" in line for line in said) == 2 and "receipt made again" in said[-1]
     assert tree(copied) == tree(micro_set)
     assert list(repair(config, copied)) == ["nothing is damaged, nothing is quarantined"]
+
+
+def test_damaged_assets_are_named_and_left_again(config: HarvestConfig, copied: Path, micro_set: Path) -> None:
+    weights, negative = "vae/diffusion_pytorch_model.safetensors", "negative.npy"
+    for name in (weights, negative):
+        flip(copied / ASSETS / name)
+    (copied / ASSETS / "scheduler.json").unlink()
+    said = command("harvest", "verify", copied)
+    assert said.returncode == 5
+    for told in (f"{weights} altered", f"{negative} altered", "scheduler.json missing"):
+        assert f"item assets: {told}" in said.stdout
+    shards = ShardSet.open(copied)
+    with pytest.raises(Corrupt, match="altered"):
+        picture(shards, shards.read(shards.manifest().receipts[0]).record(0))
+    assert sum("left again" in line for line in repair(config, copied)) == 3
+    assert tree(copied) == tree(micro_set) and list(verify_assets(ShardSet.open(copied))) == []
+
+
+def test_what_the_teacher_cannot_say_again_is_said(config: HarvestConfig, copied: Path) -> None:
+    flip(copied / ASSETS / "activations.safetensors")
+    with pytest.raises(Partial, match=r"activations\.safetensors is damaged"):
+        list(repair(config, copied))
 
 
 def test_other_numerics_make_a_new_generation_that_names_the_old(config: HarvestConfig, copied: Path) -> None:

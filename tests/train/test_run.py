@@ -89,6 +89,17 @@ def test_the_student_learns(uninterrupted: Path) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_no_run_begins_from_a_damaged_init(tmp_path: Path, config: dict[str, Any], micro_init: Path, name: str) -> None:
+    damaged = shutil.copytree(micro_init, tmp_path / "init")
+    data = bytearray((damaged / name).read_bytes())
+    data[-9] ^= 1  # the last number's least bit; a digit of a size
+    (damaged / name).write_bytes(data)
+    done = command("train", "run", written(tmp_path, config, init=str(damaged)))
+    assert done.returncode == 5 and f"{damaged / name} is not what was left there" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_no_teacher_in_memory_nor_on_disk(tmp_path: Path, config: dict[str, Any], micro_set: Path) -> None:
     """From a read-only copy of the set; neither diffusers nor transformers nor zarr is ever imported."""
     copied = tmp_path / "set"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.files import write_atomic
+from common.seals import replace, sound
 from train.student.config import StudentConfig, read_student_json
 from train.student.layers import (
     FeedForward,
@@ -209,11 +209,11 @@ def student_files(config: StudentConfig, weights: dict[str, Tensor], **metadata:
 def save_student(folder: Path, config: StudentConfig, weights: dict[str, Tensor], **metadata: str) -> None:
     """The weights last: a folder with weights is whole."""
     for name, data in student_files(config, weights, **metadata).items():
-        write_atomic(folder / name, data)
+        replace(folder, name, data)
 
 
 def load_student(folder: Path, **switches: Any) -> WanLite:
     """Open what `train init` or `save_student` wrote; every tensor must fit."""
-    student = WanLite(StudentConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text())), **switches)
-    student.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=True)
+    student = WanLite(StudentConfig.from_dict(json.loads(sound(folder, CONFIG_NAME).read_text())), **switches)
+    student.load_state_dict(load_file(sound(folder, WEIGHTS_NAME)), strict=True)
     return student

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import BadUsage, Corrupt
-from common.files import write_atomic
+from common.seals import replace, sound
 from common.shards import ASSETS, ShardSet
 from train.student.cuts import Cut, make_cuts
 from train.student.importance import STATISTICS_NAME, ByActivations, ByNorms, Importance, read_statistics
@@ -133,7 +133,7 @@ def project(
 
 def statistics_of(shards: ShardSet) -> Path | None:
     """Where a set keeps what its harvest heard of the teacher, if it did."""
-    path = shards.path / ASSETS / STATISTICS_NAME
+    path = sound(shards.path / ASSETS, STATISTICS_NAME)
     return path if path.exists() else None
 
 
@@ -152,12 +152,12 @@ def cut_out(teacher: Stripped, student: StudentConfig, out_dir: Path, importance
     blocks = importance.blocks(student.num_layers)
     cuts = make_cuts(importance, teacher.tensor, teacher.config, student, blocks)
     report = make_report(teacher, student, blocks, cuts, importance.name)
-    write_atomic(out_dir / CONFIG_NAME, _json_bytes(student.to_dict()))
-    write_atomic(out_dir / REPORT_NAME, _json_bytes(report.to_dict()))
+    replace(out_dir, CONFIG_NAME, _json_bytes(student.to_dict()))
+    replace(out_dir, REPORT_NAME, _json_bytes(report.to_dict()))
     shapes = {tensor.name: tensor.shape for tensor in report.tensors}
     tensors = _shrunk(teacher, cuts, shapes, student.projection_factor)
     metadata = {"format": "pt", "made_by": "train init", "experts": teacher.experts}
-    write_atomic(out_dir / WEIGHTS_NAME, safetensors_stream(shapes, tensors, metadata))
+    replace(out_dir, WEIGHTS_NAME, safetensors_stream(shapes, tensors, metadata))
     return report
 
 
