@@ -78,6 +78,7 @@ class Receipt:
 
     @classmethod
     def from_json(cls, data: bytes, *, source: str) -> Self:
+        """`source`: the file's name, which is its item's."""
         body, seal = data[len(_HEAD) : -_CLOSING], data[-_CLOSING:]
         try:
             if seal != _MIDDLE + hashlib.sha256(body).hexdigest().encode() + _TAIL or not data.startswith(_HEAD):
@@ -87,6 +88,8 @@ class Receipt:
             values["numerics"] = Numerics(**values["numerics"])
             receipt = cls(**values)
             _require_sane(receipt)
+            if os.path.basename(source) != f"{receipt.item}.json":
+                raise ValueError(f"it is that of item {receipt.item}")
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
             raise Corrupt(
                 wrong=f"receipt {source} is damaged",

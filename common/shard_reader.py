@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from common.errors import Corrupt
+from common.extents import measured
 from common.manifest import Receipt
 from common.record import Array, Contract, Record
 from common.shard_header import PackedShard, ShardHeader, make_record, record_of
@@ -129,6 +130,7 @@ class LibraryReader:
         self.receipt, self._contract = receipt, contract
         self.layout = Layout.of(receipt, contract)
         try:
+            _require_headers(shards_dir, receipt)
             self._shard = CONTAINERS[receipt.container].load(shards_dir / receipt.stem)
         except (ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError) as error:
             raise damaged(receipt, "its container", str(error).split("\n")[0]) from None
@@ -151,6 +153,13 @@ class LibraryReader:
 
     def record(self, index: int) -> Record:
         return record_of(self._shard, index, self._contract)
+
+
+def _require_headers(shards_dir: Path, receipt: Receipt) -> None:
+    """What says how the arrays are to be read; of themselves the records' digests say it."""
+    for name, path in receipt.paths(shards_dir).items():
+        if name.endswith("zarr.json") and list(measured(path)) != receipt.files[name]:
+            raise ValueError(f"{name} is not what was written")
 
 
 def _require_fit(header: ShardHeader, receipt: Receipt) -> None:

@@ -77,6 +77,12 @@ class ShardSet:
         """`library`: read through zarr-python and tarfile instead of by offset."""
         try:
             return cls(path, Contract.from_json((path / CONTRACT_NAME).read_bytes()), library=library)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Corrupt(
+                wrong=f"{path / CONTRACT_NAME} is damaged",
+                found=str(error),
+                mend="copy it from another copy of the set: every receipt holds its digest",
+            ) from None
         except OSError as error:
             raise BadUsage(
                 wrong=f"{path} is no shard set",

@@ -10,11 +10,12 @@ appended, the item that grew is worked minus the keys that receipts of other ite
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from common.encoding import BLOCK, INT8
-from common.errors import BadUsage
+from common.errors import BadUsage, Corrupt
 from common.extents import CRC_BYTES
 from common.manifest import MAX_RECORDS
 from common.record import POINT_FIELDS, item_id, record_key
@@ -153,5 +154,15 @@ def check_size(height: int, width: int, facts: TeacherFacts) -> None:
 
 def moved_keys(shards: ShardSet) -> dict[str, list[str]]:
     """Items that were carried elsewhere to free the disk, and their keys: done, though not here."""
-    notes = (json.loads(path.read_bytes()) for path in (shards.path / MOVED).glob("[!.]*.json"))
-    return {note["item"]: note["keys"] for note in notes}
+    return {path.stem: keys_of_moved(path) for path in (shards.path / MOVED).glob("[!.]*.json")}
+
+
+def keys_of_moved(path: Path) -> list[str]:
+    try:
+        keys: list[str] = json.loads(path.read_bytes())["keys"]
+        if item_id(keys) != path.stem:
+            raise ValueError("the keys in it are others than those of its item")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corrupt(wrong=f"note {MOVED}/{path.name} is damaged", found=str(error),
+                      mend="copy it again; or remove it, and its item is harvested again") from None  # fmt: skip
+    return keys

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from common.errors import Refused
+from common.errors import Corrupt, Refused
 from common.files import write_atomic
 from common.manifest import Manifest
+from common.record import item_id
 from common.shards import MOVED, QUARANTINE
 
 Fault = dict[str, str]
@@ -47,11 +48,19 @@ class Note:
 
     @classmethod
     def from_json(cls, item: str, data: bytes) -> Self:
-        return cls(item=item, **json.loads(data))
+        """A note names what was walked by its own name."""
+        try:
+            note = cls(item=item, **json.loads(data))
+            if item_id(note.walked) != item or not note.bad_keys <= set(note.walked):
+                raise ValueError("the keys in it are others than those that it was written for")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(wrong=f"note {QUARANTINE}/{item}.json is damaged", found=str(error),
+                          mend="copy it again; or remove it: what it set aside is asked again") from None  # fmt: skip
+        return note
 
 
 def notes_of(set_dir: Path) -> list[Note]:
-    return [_read(path) for path in sorted((set_dir / QUARANTINE).glob("[!.]*.json"))]
+    return [read_note(path) for path in sorted((set_dir / QUARANTINE).glob("[!.]*.json"))]
 
 
 def notes_that_count(set_dir: Path, manifest: Manifest) -> list[Note]:
@@ -61,12 +70,12 @@ def notes_that_count(set_dir: Path, manifest: Manifest) -> list[Note]:
 
 def note_of(set_dir: Path, item: str) -> Note | None:
     try:
-        return _read(set_dir / QUARANTINE / f"{item}.json")
+        return read_note(set_dir / QUARANTINE / f"{item}.json")
     except FileNotFoundError:
         return None
 
 
-def _read(path: Path) -> Note:
+def read_note(path: Path) -> Note:
     return Note.from_json(path.stem, path.read_bytes())
 
 

@@ -44,13 +44,13 @@ class Share(click.ParamType):
 def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: Path | None) -> None:
     """Read every byte of SET against its checksums; exit 5 if one is not what was written."""
     from harvest.granary.verify import verify as damages_of
-    from harvest.granary.verify import verify_assets
+    from harvest.granary.verify import verify_assets, verify_notes
 
     if recompute is not None and config_path is None:
         raise BadUsage(wrong="--recompute", found="no --config", mend="say with which configuration it was harvested")
     shards = ShardSet.open(set_path)
     num_damages = 0
-    for damage in itertools.chain(damages_of(shards), verify_assets(shards)):
+    for damage in itertools.chain(damages_of(shards), verify_assets(shards), verify_notes(shards)):
         num_damages += 1
         click.echo(json.dumps(dataclasses.asdict(damage)) if as_json else str(damage))
     if num_damages:
@@ -88,7 +88,7 @@ def rebuild(set_path: Path) -> None:
     faults = []
     for made in receipts_of(ShardSet.open(set_path)):
         faults += [made] if isinstance(made, Corrupt) else []
-        click.echo(str(made) if isinstance(made, Corrupt) else f"item {made.item}: receipt made again")
+        click.echo(str(made) if isinstance(made, Corrupt) else f"item {made.item}: whole again")
     if faults:
         raise faults[0]
 

@@ -51,7 +51,7 @@ def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:
                     faults.append(fault)
                     yield str(fault)
     for made in rebuild(shards) if lost else ():
-        yield f"item {made.item}: receipt made again" if isinstance(made, Receipt) else str(made)
+        yield f"item {made.item}: whole again" if isinstance(made, Receipt) else str(made)
     if not damages and not notes and not assets:
         yield "nothing is damaged, nothing is quarantined"
     if faults:

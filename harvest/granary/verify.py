@@ -2,22 +2,26 @@
 
     for damage in verify(shards): ...          missing | torn | altered, by item, file, record and field
     for damage in verify_assets(shards): ...   of what stands beside the shards
+    for damage in verify_notes(shards): ...
     require_whole(shards, receipt)             raises the first one
 
 A file is read once, against the crc32c in its receipt; only an altered one is looked into, piece by piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import Corrupt
 from common.extents import Extents, measured
 from common.manifest import Receipt, receipt_paths
 from common.seals import SEALS, damage_of, sealed
 from common.shard_reader import ARCHIVES, OffsetReader, damaged
-from common.shards import ASSETS, CONTRACT_NAME, RECEIPTS, ShardSet
+from common.shards import ASSETS, CONTRACT_NAME, MOVED, QUARANTINE, RECEIPTS, ShardSet
+from harvest.plan import keys_of_moved
+from harvest.quarantine import read_note
 from harvest.samples import SAMPLES
 
 THREADS = 4
@@ -41,7 +45,7 @@ class Damage:
 
 
 def verify(shards: ShardSet) -> Iterator[Damage]:
-    """All damages of a set, receipts that do not match their own digest included."""
+    """All damages of a set, receipts that do not match their own digest included, and a contract that is not theirs."""
     receipts = []
     for path in receipt_paths(shards.path / RECEIPTS):
         try:
@@ -49,9 +53,30 @@ def verify(shards: ShardSet) -> Iterator[Damage]:
         except Corrupt as fault:
             name = Path(path).name
             yield Damage(item=name[:16], kind="altered", file=name, pieces=LOST_RECEIPT, found=fault.found)
+    yield from _strangers(shards, receipts)
     with ThreadPoolExecutor(THREADS) as pool:
         for damages in pool.map(lambda receipt: list(examine(shards, receipt)), receipts):
             yield from damages
+
+
+def _strangers(shards: ShardSet, receipts: Sequence[Receipt]) -> Iterator[Damage]:
+    """Either the contract was altered, or they are another set's."""
+    mine = shards.contract.digest()
+    for digest in sorted({receipt.contract for receipt in receipts} - {mine}):
+        items = [receipt.item for receipt in receipts if receipt.contract == digest]
+        yield Damage(item=items[0], kind="altered", file=CONTRACT_NAME, pieces=(f"all records of {len(items)} items",),
+                     found=f"their contract is {digest[:16]}, this one {mine[:16]}")  # fmt: skip
+
+
+def verify_notes(shards: ShardSet) -> Iterator[Damage]:
+    """Their names say which keys are in them."""
+    reads: dict[str, Callable[[Path], Any]] = {QUARANTINE: read_note, MOVED: keys_of_moved}
+    for folder, read in reads.items():
+        for path in sorted((shards.path / folder).glob("[!.]*.json")):
+            try:
+                read(path)
+            except Corrupt as fault:
+                yield Damage(item=path.stem, kind="altered", file=f"{folder}/{path.name}", pieces=(), found=fault.found)
 
 
 def verify_assets(shards: ShardSet) -> Iterator[Damage]:

@@ -260,7 +260,8 @@ class TestNotes:
         a, b = a_set(tmp_path / "a", range(4)), a_set(tmp_path / "b", range(4))
         (receipt,) = a.manifest().receipts
         faults = [{"key": key, "what": "not finite", "where": "cond[0]"} for key in ("k1", "k2", "k3")]
-        note = Note(item="walked", walked=["k1", "k2", "k3"], shard=receipt.item, faults=faults)
+        walked = ["k1", "k2", "k3"]
+        note = Note(item=item_id(walked), walked=walked, shard=receipt.item, faults=faults)
         dataclasses.replace(note, faults=faults[:2]).write(a.path)
         dataclasses.replace(note, faults=faults[1:]).write(b.path)
         carried(a.path, b.path)
