@@ -1,8 +1,10 @@
 """docs/format.md is enough: a reader written from that page alone, without a line of ours, finds the same values."""
 
 import base64
+import dataclasses
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,30 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from common.manifest import Receipt
+from common.record import Contract, Numerics
+from common.shard_header import ShardHeader
 from common.shards import ShardSet
 from tests.made import NUMERICS, made_contract, made_record
+
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def named(before: str, after: str) -> set[str]:
+    """What stands in code quotes in a section of the page."""
+    section = PAGE[PAGE.index(before) : PAGE.index(after)]
+    return {word.strip() for quoted in re.findall(r"`([^`]+)`", section) for word in quoted.split(",")}
+
+
+def fields_of(*kinds: Any) -> set[str]:
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
+def test_the_page_names_every_field() -> None:
+    header = re.findall(r"[a-z_]+", PAGE[PAGE.index("## A shard's header") : PAGE.index("`latents` are")])
+    assert fields_of(Contract) <= named("## contract.json", "## A receipt")
+    assert fields_of(Receipt, Numerics) <= named("## A receipt", "## A shard's header")
+    assert fields_of(ShardHeader) <= set(header)
 
 
 def sealed(path: Path) -> dict[str, Any]:
