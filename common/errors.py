@@ -7,6 +7,9 @@ The command lines (common/cli.py) print such a fault as one line and leave with 
 kept for our own mistakes.
 """
 
+from functools import partial
+from typing import Any
+
 
 class Fault(Exception):
     """Something that a user can cause: what is wrong, what was found, what to do."""
@@ -16,6 +19,10 @@ class Fault(Exception):
     def __init__(self, *, wrong: str, found: str, mend: str) -> None:
         super().__init__(wrong, found, mend)
         self.wrong, self.found, self.mend = wrong, found, mend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a process to another."""
+        return partial(type(self), wrong=self.wrong, found=self.found, mend=self.mend), ()
 
     def __str__(self) -> str:
         return f"{self.wrong}; found: {self.found}; do: {self.mend}"

@@ -68,12 +68,13 @@ def run(config_path: Path, overrides: tuple[str, ...], strict: bool, share: str 
 
         checked(config)
         return
-    if share is not None or is_launched(os.environ) or num_workers(config) == 1:
+    count = 1 if share is not None or is_launched(os.environ) else num_workers(config)
+    if count == 1:
         from harvest.running.loop import harvest
 
         harvest(config, strict=strict, part=part, limit_s=time_limit, planned=planned)
     else:
-        supervise(config, part, strict=strict, limit_s=time_limit)
+        supervise(config, part, count, strict=strict, limit_s=time_limit)
     if student_path is not None and part.rank == 0:
         from harvest.first_student import leave_student
 

@@ -1,6 +1,6 @@
 """Several workers on one machine, watched over: one per GPU, or as configured.
 
-    supervise(config, part, strict=False, limit_s=None)
+    supervise(config, part, num_workers(config), strict=False, limit_s=None)
 
 Each is a process of its own (`python -m harvest run` with its share of the plan); they need nothing of each other. One
 that dies is started again after a while; a place (a GPU) where MAX_FAULTS in a row died before they had added a record
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,16 @@ def num_workers(config: HarvestConfig) -> int:
         return config.workers or 1
     if config.teacher.placement not in ON_ONE_GPU:
         return 1
+    return placed_workers_asked_apart(config)
+
+
+def placed_workers_asked_apart(config: HarvestConfig) -> int:
+    """By a process that ends: who asks a GPU what is free holds some hundred megabytes of it from then on."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        return apart.submit(_placed_workers, config).result()
+
+
+def _placed_workers(config: HarvestConfig) -> int:
     from harvest.teachers import placement_of
 
     task = read_task(config)
@@ -107,13 +119,12 @@ def share_out(gpus: Sequence[str], count: int) -> list[str | None]:
     ]
 
 
-def supervise(config: HarvestConfig, part: Slice, *, strict: bool, limit_s: float | None) -> None:
+def supervise(config: HarvestConfig, part: Slice, count: int, *, strict: bool, limit_s: float | None) -> None:
     """Until everything is done, or nobody is left to do it."""
     task = read_task(config)
     if task.is_finished:
         leave_finished(task)
         return
-    count = num_workers(config)
     gpus = share_out(gpus_of(config), count)
     places = [Place(part=share, gpu=gpu, sharers=count) for share, gpu in zip(part.split(count), gpus, strict=True)]
     with holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):

@@ -189,7 +189,7 @@ def test_a_worker_started_again_does_not_work_on_edited_prompts(
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", begun)
-        supervise(config, WHOLE, strict=False, limit_s=None)
+        supervise(config, WHOLE, 2, strict=False, limit_s=None)
     digests = [words[words.index("--planned") + 1] for words in said]
     assert digests == [read_task(config).digest] * 2
     assert config.prompts is not None
