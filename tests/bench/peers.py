@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import default_collate
 
 from tests.bench.rounds import BATCH, Batch, Order
 from tests.bench.store import OurReader, place
@@ -57,7 +58,7 @@ class Safetensors(Lookup):
 
 
 class Lmdb(Lookup):
-    """Bytes under a key, as CausVid and Self-Forcing keep their trajectories."""
+    """Bytes under a key, as CausVid and Self-Forcing keep their trajectories; stacked with no copy between."""
 
     name = "LMDB"
 
@@ -86,6 +87,17 @@ class Lmdb(Lookup):
 
     def close(self) -> None:
         self._environment.close()
+
+
+class LmdbAsTensors(Lmdb):
+    """As their datasets read it: a tensor of its own for each, which the loader collates. Theirs are cast to float32
+    besides; here they stay as they are."""
+
+    name = "LMDB (as Self-Forcing's dataset reads it)"
+
+    def epoch(self, order: Order) -> Iterator[Batch]:
+        for numbers in order.reshape(-1, BATCH):
+            yield numbers, default_collate([torch.tensor(self.point(number)) for number in numbers.tolist()])
 
 
 class Tensorstore:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.bench.costs import allocated_per_step, open_many
 from tests.bench.loaders import Litdata, Mds, MdsByNumber, Webdataset
-from tests.bench.peers import Lmdb, Safetensors, Tensorstore, ZarrPython
+from tests.bench.peers import Lmdb, LmdbAsTensors, Safetensors, Tensorstore, ZarrPython
 from tests.bench.rounds import BATCH, Reader, Rounds, measure, middle, table, times
 from tests.bench.store import BareReader, BareRingReader, FeedReader, OurReader, RawReader
 
@@ -19,9 +19,9 @@ POINT_SHAPE = (3, 16, 64, 64)
 """latents, cond, uncond of a 512 x 512 picture."""
 SHUFFLED, FIRST_EPOCH, FIRST_BATCH_MS = 0.90, 0.45, 50
 RING, RING_CPU = 1.0, 0.10
-WITH_A_FOLDER: tuple[Any, ...] = (Safetensors, Lmdb, Litdata, Mds, MdsByNumber, Webdataset)
+WITH_A_FOLDER: tuple[Any, ...] = (Safetensors, Lmdb, LmdbAsTensors, Litdata, Mds, MdsByNumber, Webdataset)
 ON_OUR_ZARR: tuple[Any, ...] = (Tensorstore, ZarrPython)
-TIMES: dict[Any, float] = {Webdataset: 9, Mds: 7, Litdata: 3, Lmdb: 2}
+TIMES: dict[Any, float] = {Webdataset: 9, Mds: 7, Litdata: 3, LmdbAsTensors: 2, Lmdb: 2}
 OPEN_S, OPEN_MB, TRANSIENT_BYTES = 2.0, 300, 16_384
 
 
