@@ -4,83 +4,23 @@
 
 contract, assets and the notes on what was set aside, then per item its files, each read back and compared with the
 receipt, then the receipt: at every moment the target is a valid set. What stands whole at the target is never replaced,
-but by what names it as superseded. A Place is six small methods; an object store is another class of them.
+but by what names it as superseded.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import google_crc32c
 
-from common.errors import Corrupt, Refused
-from common.files import FULL, pieces, sweep, write_atomic
+from common.errors import Corrupt, Fault, Refused
+from common.files import FULL
 from common.manifest import Receipt
 from common.seals import SEALS, read_seal
-from common.shards import ASSETS, CONTRACT_NAME, LEFT_OVER_AFTER_S, MOVED, QUARANTINE, RECEIPTS, SHARDS
+from common.shards import ASSETS, CONTRACT_NAME, MOVED, QUARANTINE, RECEIPTS, SHARDS
 from harvest.assets import VAE_CONFIG
+from harvest.granary.place import Place
 from harvest.quarantine import Note, joined
-
-
-class Place(Protocol):
-    """Somewhere that holds files by name."""
-
-    def names(self, prefix: str) -> list[str]:
-        """Of all files below a folder, sorted."""
-
-    def read(self, name: str) -> Iterator[bytes]: ...
-
-    def write(self, name: str, content: Iterator[bytes]) -> None:
-        """Whole or not at all."""
-
-    def size(self, name: str) -> int | None: ...
-
-    def remove(self, name: str) -> None: ...
-
-    def shares(self, other: "Place") -> bool:
-        """Whether what is removed here is gone there."""
-
-
-class LocalPlace:
-    """A folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def names(self, prefix: str) -> list[str]:
-        files = (path for path in (self.root / prefix).rglob("*") if path.is_file())
-        names = (path.relative_to(self.root) for path in files)
-        return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
-
-    def read(self, name: str) -> Iterator[bytes]:
-        return pieces(self.root / name)
-
-    def write(self, name: str, content: Iterator[bytes]) -> None:
-        write_atomic(self.root / name, content)
-
-    def size(self, name: str) -> int | None:
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
-
-    def remove(self, name: str) -> None:
-        path = self.root / name
-        path.unlink(missing_ok=True)
-        for folder in path.parents:  # a Zarr shard is a folder: it goes with its last file
-            if folder.parent.name == SHARDS or folder.parent.parent.name == SHARDS:
-                with contextlib.suppress(OSError):
-                    sweep(folder, older_than_s=LEFT_OVER_AFTER_S)  # of a copy that was killed
-                    folder.rmdir()
-
-    def shares(self, other: Place) -> bool:
-        """Also under another name, of the folder or of those in it."""
-        return isinstance(other, LocalPlace) and any(
-            os.path.samefile(self.root / name, other.root / name)
-            for name in ("", RECEIPTS, SHARDS)
-            if (self.root / name).exists() and (other.root / name).exists()
-        )
 
 
 def carry(source: Place, target: Place, *, free: bool = False) -> Iterator[Receipt]:
@@ -94,20 +34,31 @@ def carry(source: Place, target: Place, *, free: bool = False) -> Iterator[Recei
     carry_assets(source, target)
     committed = source.names(RECEIPTS)
     carry_notes(source, target)  # those of every receipt that has just been seen, and before it
+    faults: list[Fault] = []
     for name in committed:
-        data = b"".join(source.read(name))
-        receipt = Receipt.from_json(data, source=name)
-        there = _standing(target, name)
-        if there is None or receipt.supersedes == there.digest:
-            _carry_shard(source, target, receipt)
-            target.write(name, iter([data]))
-            if there is not None and there.stem != receipt.stem:
-                _remove_shard(target, there)
-            there = receipt
-        _require_same(receipt, there)
-        if free:
-            _free(source, target, receipt, there)
-        yield there
+        try:
+            yield _carry_item(source, target, name, free=free)
+        except (Corrupt, Refused) as fault:  # the others go on: a night's copy is not lost over one shard
+            faults.append(fault)
+    if faults:
+        others = f", and {len(faults) - 1} other items" if len(faults) > 1 else ""
+        first = faults[0]
+        raise type(first)(wrong=first.wrong + others, found=first.found, mend=first.mend)
+
+
+def _carry_item(source: Place, target: Place, name: str, *, free: bool) -> Receipt:
+    data = b"".join(source.read(name))
+    receipt, there = Receipt.from_json(data, source=name), _standing(target, name)
+    if there is None or receipt.supersedes == there.digest:
+        _carry_shard(source, target, receipt)
+        target.write(name, iter([data]))
+        if there is not None and there.stem != receipt.stem:
+            _remove_shard(target, there)
+        there = receipt
+    _require_same(receipt, there)
+    if free:
+        _free(source, target, receipt, there)
+    return there
 
 
 def require_apart(source: Place, target: Place) -> None:

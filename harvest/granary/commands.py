@@ -13,6 +13,7 @@ from common.errors import BadUsage, Corrupt
 from common.log import human_bytes
 from common.shard_reader import CONTAINERS
 from common.shards import ShardSet
+from harvest.granary.told import Told
 
 path = click.Path(path_type=Path)
 set_folder = click.argument("set_path", metavar="SET", type=path)
@@ -50,7 +51,8 @@ def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: 
         raise BadUsage(wrong="--recompute", found="no --config", mend="say with which configuration it was harvested")
     shards = ShardSet.open(set_path)
     num_damages = 0
-    for damage in itertools.chain(damages_of(shards), verify_assets(shards), verify_notes(shards)):
+    told = Told("verify", shards.manifest().receipts)
+    for damage in itertools.chain(damages_of(shards, told), verify_assets(shards), verify_notes(shards)):
         num_damages += 1
         click.echo(json.dumps(dataclasses.asdict(damage)) if as_json else str(damage))
     if num_damages:
@@ -101,7 +103,8 @@ def convert(set_path: Path, out: Path, container: str) -> None:
     """Write the records of SET to OUT in another container; digests stay equal."""
     from harvest.granary.select import convert as converted
 
-    _say(converted(ShardSet.open(set_path), out, container))
+    shards = ShardSet.open(set_path)
+    _say(converted(shards, out, container, Told("convert", shards.manifest().receipts)))
 
 
 @click.command()
@@ -111,7 +114,9 @@ def merge(set_paths: tuple[Path, ...], out: Path) -> None:
     """Join SETs of one contract in OUT; a record that several hold is taken from the first."""
     from harvest.granary.select import merge as merged
 
-    _say(merged([ShardSet.open(set_path) for set_path in set_paths], out))
+    sets = [ShardSet.open(set_path) for set_path in set_paths]
+    receipts = [receipt for shards in sets for receipt in shards.manifest().receipts]
+    _say(merged(sets, out, Told("merge", receipts)))
 
 
 @click.command()
@@ -133,7 +138,8 @@ def subset(set_path: Path, out: Path, prompts: tuple[str, ...], sizes: tuple[str
         sigmas=_pair("--sigma", sigma, ":") if sigma else None,
         held_out=held_out,
     )
-    _say(chosen(ShardSet.open(set_path), out, choice))
+    shards = ShardSet.open(set_path)
+    _say(chosen(shards, out, choice, Told("subset", shards.manifest().receipts)))
 
 
 @click.command()
@@ -166,11 +172,19 @@ def pull(there: Path, here: Path) -> None:
 
 
 def _carry(source: Path, target: Path, free: bool) -> None:
-    from harvest.granary.carry import LocalPlace, carry
+    from harvest.granary.carry import carry
+    from harvest.granary.place import LocalPlace
+    from harvest.plan import moved_keys
 
-    ShardSet.open(source)
-    receipts = list(carry(LocalPlace(source), LocalPlace(target), free=free))
-    click.echo(f"{len(receipts)} shards, {human_bytes(sum(r.num_bytes for r in receipts))} stand whole in {target}")
+    shards = ShardSet.open(source)
+    told, num_shards, num_bytes = Told("carry", shards.manifest().receipts), 0, 0
+    elsewhere = moved_keys(shards).keys() - shards.manifest().by_item.keys()
+    for receipt in carry(LocalPlace(source), LocalPlace(target), free=free):
+        num_shards, num_bytes = num_shards + 1, num_bytes + receipt.num_bytes
+        told(receipt)
+    click.echo(f"{num_shards} shards, {human_bytes(num_bytes)} stand whole in {target}")
+    if elsewhere := elsewhere - ShardSet.open(target).manifest().by_item.keys():
+        click.echo(f"{len(elsewhere)} items of {source} had been carried elsewhere before: they are not among them")
 
 
 def _pair(option: str, text: str, separator: str) -> tuple[float, float]:

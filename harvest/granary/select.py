@@ -10,7 +10,7 @@ taken, as of a set that is being copied; what is not is named at the end, where 
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,12 @@ from common.record import Array, Contract, item_id
 from common.shard_header import PackedShard, ShardHeader, record_of
 from common.shard_reader import check_records
 from common.shards import ShardSet, is_held_out
-from harvest.granary.carry import LocalPlace, carry_assets, carry_notes, require_apart
+from harvest.granary.carry import carry_assets, carry_notes, require_apart
+from harvest.granary.place import LocalPlace
 from harvest.plan import moved_keys
+
+Done = Callable[[Receipt], None]
+"""Told of each shard of a source when it is done with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +57,17 @@ class Choice:
         return dataclasses.replace(contract, source=f"{contract.source}, sigma {low:g}..{high:g}")
 
 
-def convert(source: ShardSet, out_dir: Path, container: str) -> ShardSet:
+def convert(source: ShardSet, out_dir: Path, container: str, done: Done = lambda receipt: None) -> ShardSet:
     out, manifest = _target(out_dir, [source], source.contract), source.manifest()
     carry_notes(LocalPlace(source.path), LocalPlace(out_dir))
     for receipt in _missing(manifest, out):
         out.commit_packed(_checked(source, receipt), container)
+        done(receipt)
     _require_all([source], [manifest], out)
     return out
 
 
-def merge(sources: Sequence[ShardSet], out_dir: Path) -> ShardSet:
+def merge(sources: Sequence[ShardSet], out_dir: Path, done: Done = lambda receipt: None) -> ShardSet:
     """In the order given: a record that an earlier set holds is not taken from a later one."""
     out = _target(out_dir, sources, sources[0].contract)
     manifests = [source.manifest() for source in sources]
@@ -75,11 +80,12 @@ def merge(sources: Sequence[ShardSet], out_dir: Path) -> ShardSet:
             if new.any():
                 out.commit_packed(take(_checked(source, receipt), np.flatnonzero(new), out.contract), receipt.container)
                 held |= set(keys)
+            done(receipt)
     _require_all(sources, manifests, out)
     return out
 
 
-def subset(source: ShardSet, out_dir: Path, choice: Choice) -> ShardSet:
+def subset(source: ShardSet, out_dir: Path, choice: Choice, done: Done = lambda receipt: None) -> ShardSet:
     out, manifest = _target(out_dir, [source], choice.contract(source.contract)), source.manifest()
     there = out.manifest().by_item
     for receipt in manifest.receipts:
@@ -92,6 +98,7 @@ def subset(source: ShardSet, out_dir: Path, choice: Choice) -> ShardSet:
             shard = _checked(source, receipt)
             for rows, points in parts:
                 out.commit_packed(take(shard, rows, out.contract, points=points), receipt.container)
+        done(receipt)
     _require_all([source], [manifest], out)
     return out
 

@@ -44,7 +44,7 @@ class Damage:
         return f"item {self.item}: {self.file} {self.kind} ({self.found}); hit: {pieces or 'no record'}"
 
 
-def verify(shards: ShardSet) -> Iterator[Damage]:
+def verify(shards: ShardSet, examined: Callable[[Receipt], None] = lambda receipt: None) -> Iterator[Damage]:
     """All damages of a set, receipts that do not match their own digest included, and a contract that is not theirs."""
     receipts = []
     for path in receipt_paths(shards.path / RECEIPTS):
@@ -55,8 +55,10 @@ def verify(shards: ShardSet) -> Iterator[Damage]:
             yield Damage(item=name[:16], kind="altered", file=name, pieces=LOST_RECEIPT, found=fault.found)
     yield from _strangers(shards, receipts)
     with ThreadPoolExecutor(THREADS) as pool:
-        for damages in pool.map(lambda receipt: list(examine(shards, receipt)), receipts):
+        found = pool.map(lambda receipt: list(examine(shards, receipt)), receipts)
+        for receipt, damages in zip(receipts, found, strict=True):
             yield from damages
+            examined(receipt)
 
 
 def _strangers(shards: ShardSet, receipts: Sequence[Receipt]) -> Iterator[Damage]:

@@ -12,7 +12,8 @@ import pytest
 from common.errors import Corrupt, Fault
 from common.manifest import Receipt
 from common.shards import ASSETS, CONTRACT_NAME, MOVED, QUARANTINE, RECEIPTS, RUNS, SHARDS, ShardSet
-from harvest.granary.carry import LocalPlace, carry
+from harvest.granary.carry import carry
+from harvest.granary.place import LocalPlace
 from harvest.granary.rebuild import rebuild
 from harvest.granary.verify import verify, verify_assets, verify_notes
 from harvest.quarantine import Note

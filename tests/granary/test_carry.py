@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,11 @@ from common.errors import Corrupt, Refused
 from common.record import item_id
 from common.seals import replace
 from common.shards import ASSETS, MOVED, QUARANTINE, ShardSet
+from harvest.__main__ import main
 from harvest.config import HarvestConfig
-from harvest.granary.carry import LocalPlace, carry
+from harvest.granary import told
+from harvest.granary.carry import carry
+from harvest.granary.place import LocalPlace
 from harvest.granary.recompute import recompute
 from harvest.granary.repair import repair
 from harvest.granary.select import Choice, convert, merge, subset, take
@@ -26,6 +30,24 @@ from tests.harvest.test_repair import bitwise_and_close
 from tests.made import NUMERICS, command, harvest_config, harvest_here, made_record, tree
 
 WRITE = common.files._write
+
+
+def test_what_takes_long_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(told, "EVERY_S", 0.0)
+    shards = a_set(tmp_path / "set", range(12))
+    names = [str(shards.path), *(str(tmp_path / name) for name in ("copy", "tar", "both", "some"))]
+    commands = {"verify": names[:1], "push": names[:2], "convert": [names[0], names[2], "--to", "tar"],
+                "merge": [names[0], names[1], names[3]], "subset": [names[0], names[4]]}  # fmt: skip
+    for word, options in commands.items():
+        with pytest.raises(SystemExit) as caught:
+            main([word, *options])
+        said = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 0 and len(said) == 3, word
+        assert all(re.search(rf"{number} of \d shards done=.* left=", line) for number, line in enumerate(said, 1)), (
+            said
+        )
 
 
 def carried(source: Path, target: Path, *, free: bool = False) -> Path:
@@ -104,7 +126,8 @@ class TestWhatStandsAtTheTarget:
         for free in (False, True):
             with pytest.raises(Refused, match=f"item {theirs.item} stands"):
                 carried(shards.path, other.path, free=free)
-        assert before.items() <= tree(other.path).items() and shards.manifest().num_records == 8
+            assert before.items() <= tree(other.path).items() and theirs.item in shards.manifest().by_item
+        assert shards.manifest().num_records == 4  # the other item arrived, and was freed
 
     def test_a_repaired_shard_takes_the_place_of_the_one_that_it_supersedes(self, tmp_path: Path) -> None:
         """And the older one that of nothing: carried later, it leaves the newer one."""
@@ -272,6 +295,32 @@ class TestNotes:
         dataclasses.replace(note, shard="never committed").write(b.path)  # so it is the note of no walk that counts
         carried(a.path, b.path)
         assert notes_of(b.path) == notes_of(a.path)
+
+
+class TestOneBadItem:
+    """It is named at the end; the night's copy of all others is not lost over it."""
+
+    @pytest.mark.parametrize("free", [False, True])
+    def test_the_others_arrive(self, tmp_path: Path, free: bool) -> None:
+        shards = a_set(tmp_path / "set", range(20))
+        first, second, *others = shards.manifest().receipts
+        hurt(shards.receipt_path(first.item))
+        hurt(second.paths(shards.shards_dir)[".zarr/final/0.0.0.0"])
+        with pytest.raises(Corrupt, match=rf"{first.item}\.json is damaged, and 1 other item"):
+            carried(shards.path, tmp_path / "out", free=free)
+        assert ShardSet.open(tmp_path / "out").manifest().receipts == tuple(others)
+        assert list(verify(ShardSet.open(tmp_path / "out"))) == []
+        left = {first.item, second.item} if free else {receipt.item for receipt in (first, second, *others)}
+        assert {path.stem for path in (shards.path / "receipts").iterdir()} == left
+
+    def test_what_went_elsewhere_before_is_said(self, tmp_path: Path) -> None:
+        shards = a_set(tmp_path / "set", range(4))
+        carried(shards.path, tmp_path / "first", free=True)
+        shards.commit([made_record(n) for n in range(4, 8)], NUMERICS)
+        done = command("harvest", "push", shards.path, tmp_path / "second")
+        assert done.returncode == 0 and "1 items of" in done.stdout and "carried elsewhere before" in done.stdout
+        again = command("harvest", "push", shards.path, tmp_path / "first")
+        assert again.returncode == 0 and "carried elsewhere" not in again.stdout
 
 
 class TestAssets:

@@ -12,8 +12,9 @@ from common.encoding import INT8
 from common.errors import Corrupt, Refused
 from common.record import BOTH, GUIDED
 from common.shards import MOVED, ShardSet, is_held_out
-from harvest.granary.carry import LocalPlace, carry
+from harvest.granary.carry import carry
 from harvest.granary.compare import compare
+from harvest.granary.place import LocalPlace
 from harvest.granary.rebuild import rebuild
 from harvest.granary.select import Choice, convert, merge, subset
 from harvest.granary.verify import require_whole, verify

@@ -8,7 +8,8 @@ import pytest
 
 from common.errors import Partial, Refused
 from common.shards import ShardSet
-from harvest.granary.carry import LocalPlace, carry
+from harvest.granary.carry import carry
+from harvest.granary.place import LocalPlace
 from harvest.granary.rebuild import rebuild
 from harvest.granary.repair import repair
 from harvest.granary.select import Choice, convert, merge, subset
