@@ -23,7 +23,7 @@ from common.files import write_atomic
 class Section(BaseModel):
     """A part of a configuration: frozen, no key beyond those declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -124,7 +124,8 @@ class Contract:
     prediction: str
     """flow | epsilon | v | x0, see common/schedule.py."""
     noise: str
-    """flow, or `vp SCHEDULE BETA_START BETA_END`: see common/schedule.py."""
+    """flow, or `vp1 SCHEDULE BETA_START BETA_END`: see common/schedule.py. Older sets say `vp`: their walks began
+    at a + b times the seed's noise, not at it."""
     train_steps: int
     shift: float
     boundary: float | None

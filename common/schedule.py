@@ -90,10 +90,14 @@ def unipc_grid(num_steps: int, shift: float, *, train_steps: int = 1000) -> Grid
     return Grid(sigmas=np.append(sigmas, 0).astype(np.float32), timesteps=fed)
 
 
+VP_SCHEDULES = {"linear": 1.0, "scaled_linear": 2.0}
+"""Name -> the power in which its betas are linear."""
+
+
 def vp_levels(schedule: str, beta_start: float, beta_end: float, train_steps: int) -> tuple[Any, Any]:
     """(a, b) of x = a x0 + b noise at each integer timestep of a variance-preserving process (Ho et al. 2006.11239);
     `scaled_linear` is linear in sqrt(beta), as Stable Diffusion has it."""
-    power = {"linear": 1.0, "scaled_linear": 2.0}[schedule]
+    power = VP_SCHEDULES[schedule]
     betas = np.linspace(beta_start ** (1 / power), beta_end ** (1 / power), train_steps, dtype=np.float64) ** power
     signal = np.cumprod(1 - betas)
     return np.sqrt(signal), np.sqrt(1 - signal)

@@ -7,7 +7,7 @@ configuration, the teacher's folder and the loaded teacher.
 
 import dataclasses
 
-from common.cleaning import CLEANING
+from common.cleaning import CLEANING, clean_prompt
 from common.errors import BadUsage, Refused
 from common.log import Log
 from common.record import Contract, Numerics
@@ -36,7 +36,7 @@ def make_contract(config: HarvestConfig, facts: TeacherFacts, prints: Fingerprin
         **dataclasses.asdict(prints),
         text_cleaning=CLEANING,
         guidance=config.guidance[:num_experts],
-        negative_prompt=config.negative_prompt,
+        negative_prompt=clean_prompt(config.negative_prompt),  # as stock Wan does, and as all prompts are
         latent_dtype=config.latent_dtype,
         source=config.source,
         solver=EULER if config.solver == EULER else scheduler,

@@ -175,9 +175,15 @@ def _start(question: Question, item: WorkItem, texts: Mapping[str, Tensor], ends
         grid=grid,
         experts=experts,
         kept=kept_steps(question.key, contract.steps, contract.keep, experts, contract.keep_at),
-        state=ends[question.key] if ends else torch.from_numpy(seeded_noise(question.seed, shape)),
+        state=ends[question.key] if ends else torch.from_numpy(_noise(question, shape, grid)),
         copies=copies,
     )
+
+
+def _noise(question: Question, shape: tuple[int, ...], grid: Grid) -> Array:
+    """Where the walk begins: what the teacher is fed first is the noise itself."""
+    noise = seeded_noise(question.seed, shape)
+    return noise if grid.scales is None else noise / grid.scales[0]
 
 
 def _walk(teacher: Teacher, group: Group, expert: int, negative: Tensor, contract: Contract) -> Iterator[None]:

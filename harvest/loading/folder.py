@@ -163,14 +163,16 @@ def _choose(part_dir: Path, variant: str) -> tuple[str | None, tuple[Path, ...]]
 
 
 def _cached(source: Path) -> Path:
-    """The newest snapshot of `organisation/name` in the hub's local cache."""
+    """The snapshot of `organisation/name` in the hub's local cache that its main branch is at; else the newest."""
     name = str(source)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
         cache = Path(os.environ.get(HUB_CACHE, home / "hub")) / f"models--{name.replace('/', '--')}"
         found = sorted(cache.glob(f"snapshots/*/{MODEL_INDEX}"), key=lambda path: path.stat().st_mtime)
+        main = cache / "refs" / "main"
+        at_main = [path for path in found if main.is_file() and path.parent.name == main.read_text().strip()]
         if found:
-            return found[-1].parent
+            return (at_main or found)[-1].parent
     if any(source.glob("*.pth")):
         raise BadUsage(
             wrong=f"{source} holds pickled weights",

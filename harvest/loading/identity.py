@@ -2,7 +2,7 @@
 
     told = tensor_digests(model)            `dtype shape sha256(bytes)` of each tensor
     fingerprint([told, ...])                of one or more networks: equal tensors agree, whatever their files
-    memory = Remembered(parts, dtype)       of these very files (path, size, time, inode) in this dtype
+    memory = Remembered(parts, dtype, kept) of these very files (path, size, time, inode) in this dtype
     memory.recall() / memory.write(digests)
 
 Remembered digests lie in the user's cache folder: a file that was changed is read again, one that was only touched too.
@@ -75,10 +75,12 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
 class Remembered:
     """The digests of some components' tensors, kept beside what their files looked like."""
 
-    def __init__(self, parts: Iterable[Component], dtype: torch.dtype) -> None:
+    def __init__(self, parts: Iterable[Component], dtype: torch.dtype, float32: Mapping[str, Iterable[str]]) -> None:
+        """`float32`: which of each component's modules stay so."""
         files = [[str(path.resolve()), *_look(path)] for part in parts for path in part.files]
         configs = [part.config for part in parts]
-        self._key = {"policy": POLICY_VERSION, "dtype": str(dtype), "configs": configs, "files": files}
+        kept = {name: sorted(modules) for name, modules in float32.items()}
+        self._key = {"policy": POLICY_VERSION, "dtype": str(dtype), "float32": kept, "configs": configs, "files": files}
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:32]
         self._path = home / "wan-lite" / "fingerprints" / f"{name}.json"

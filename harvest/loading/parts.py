@@ -10,6 +10,7 @@ and the last one comes behind; else all of them are read and hashed first, for t
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from harvest.loading.kernels import Kernels, choose_kernels, require_compilable
 from harvest.loading.measure import TEXT_ENCODER, Needs, machine_at_hand, sizes_of, vae_sizes, wish_of
 from harvest.loading.networks import Networks
 from harvest.loading.prepare import from_prepared, prepare, prepared_digests
+from harvest.loading.weights import class_of, kept_in_float32
 from harvest.placing.placement import place
 from harvest.placing.places import VAE, Placement
 from harvest.teacher import Fingerprints
@@ -66,7 +68,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     kernels = choose_kernels(config, placement.device, dtype, needs.attention)
     log.say(f"attention by {kernels.told}" + (", torch's own choice" if kernels.backend is None else ""))
     _bound_allocator(placement)
-    memory = Remembered(chosen, dtype)
+    memory = Remembered(chosen, dtype, {part.name: kept_in_float32(part, class_of(part), dtype) for part in chosen})
     known = None if config.rehash else memory.recall()
     circle = _circle(config, chosen, placement, dtype, known, watch, arrivals, log)
     networks = Networks(chosen, placement, dtype, arrivals, circle)
@@ -145,8 +147,13 @@ def _fingerprints(digests: Mapping[str, Digests], tokenizer: Component) -> Finge
     return Fingerprints(
         weights=fingerprint(told for name, told in digests.items() if name != TEXT_ENCODER),
         text_encoder=fingerprint([digests[TEXT_ENCODER]]),
-        tokenizer=fingerprint_files(path for path in tokenizer.folder.iterdir() if path.is_file()),
+        tokenizer=fingerprint_files(path for path in tokenizer.folder.iterdir() if _is_of_a_tokenizer(path)),
     )
+
+
+def _is_of_a_tokenizer(path: Path) -> bool:
+    """Not what a file system, a desktop or a download leaves beside."""
+    return path.is_file() and path.name[0] != "." and path.suffix != ".md"
 
 
 def _bound_allocator(placement: Placement) -> None:

@@ -32,7 +32,7 @@ from harvest.loading.folder import Component, Resolved
 from harvest.loading.hands import Hands, patiently
 from harvest.loading.identity import THREADS, tensor_digest, tied_names
 from harvest.loading.reading import TORCH_DTYPES, Moved, read_tensor
-from harvest.loading.weights import build, class_of, policy_dtype, sources_of
+from harvest.loading.weights import build, class_of, kept_in_float32, policy_dtype, sources_of
 
 MANIFEST_NAME, WEIGHTS_NAME, LOCK_NAME = "prepared.json", "model.safetensors", "lock.json"
 POLICY_VERSION = 1
@@ -120,13 +120,15 @@ def prepared_digests(part: Component) -> dict[str, str]:
 
 def is_fresh(resolved: Resolved, out_dir: Path, dtype: torch.dtype) -> bool:
     """Made by this policy from these very files, and whole."""
+    key = _key(resolved, dtype)
     try:
         manifest = json.loads((out_dir / MANIFEST_NAME).read_bytes())
+        manifest.setdefault("float32", key["float32"])  # of older ones nobody knows: loading will tell
         sizes = {name: entry["bytes"] for name, entry in manifest.pop("components").items()}
         there = {name: (out_dir / name / WEIGHTS_NAME).stat().st_size for name in sizes}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(manifest == _key(resolved, dtype) and sizes == there)
+    return bool(manifest == key and sizes == there)
 
 
 def _key(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
@@ -136,12 +138,14 @@ def _key(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
         for part in resolved.components.values()
         for path in part.files
     }
-    configs = {part.name: part.config for part in resolved.components.values() if part.files}
+    weighty = [part for part in resolved.components.values() if part.files]
+    configs = {part.name: part.config for part in weighty}
     text = json.dumps(configs, sort_keys=True)
     return {
         "policy": POLICY_VERSION,
         "dtype": str(dtype).removeprefix("torch."),
         "configs": hashlib.sha256(text.encode()).hexdigest(),
+        "float32": {part.name: sorted(kept_in_float32(part, class_of(part), dtype)) for part in weighty},
         "sources": dict(sorted(files.items())),
     }
 

@@ -92,12 +92,17 @@ def build(part: Component) -> Any:
 
 
 def policy_dtype(part: Component, model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is computed in: modules that a model keeps in float32 stay so. diffusers keeps them under both
-    half types; transformers under float16 alone, and a second list under both."""
+    """What a tensor is computed in: modules that a model keeps in float32 stay so."""
+    return torch.float32 if kept_in_float32(part, model, dtype) & set(name.split(".")) else dtype
+
+
+def kept_in_float32(part: Component, model: Any, dtype: torch.dtype) -> set[str]:
+    """diffusers keeps them under both half types; transformers under float16 alone, and a second list under both. Their
+    releases change these lists."""
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if part.library != "transformers" or dtype == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return torch.float32 if kept & set(name.split(".")) else dtype
+    return kept
 
 
 def _require_policy(
@@ -108,7 +113,7 @@ def _require_policy(
             raise Refused(
                 wrong=f"{part.name} was prepared for another dtype",
                 found=f"{name} in {stored.dtype}, wanted {dtype_of(name)}",
-                mend="run `python -m harvest prepare` for this dtype",
+                mend="run `python -m harvest prepare` for this dtype (if it finds nothing to do, remove prepared.json)",
             )
 
 

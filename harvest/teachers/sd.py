@@ -4,12 +4,14 @@ The proof that the Protocol is one. Its text is 77 tokens, padding included: all
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import Refused
 from common.log import Log
+from common.schedule import VP_SCHEDULES
 from common.watch import Watch
 from harvest.config import TeacherConfig
 from harvest.loading.folder import Resolved, read_json, scheduler_told
@@ -20,6 +22,8 @@ from harvest.loading.transfer import sent
 from harvest.teacher import ExpertListener, TeacherFacts, Work
 
 UNET = "unet"
+SCALING_FACTOR = 0.18215
+"""Of the VAE, where its folder is older than the entry."""
 KINDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -91,6 +95,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
     kind = settings.get("prediction_type", "epsilon")
     if kind not in KINDS:
         raise Refused(wrong="a UNet of this prediction is not known", found=kind, mend=f"use one of {', '.join(KINDS)}")
+    _refuse_other_betas(settings)
     channels = unet["in_channels"]
     betas = f"{settings['beta_schedule']} {settings['beta_start']:g} {settings['beta_end']:g}"
     return TeacherFacts(
@@ -99,7 +104,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         text_padding="tokens",
         text_dim=unet["cross_attention_dim"],
         prediction=KINDS[kind],
-        noise=f"vp {betas}",
+        noise=f"vp1 {betas}",
         train_steps=settings["num_train_timesteps"],
         shift=1.0,
         boundary=None,
@@ -107,9 +112,18 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         latent_stride=2 ** (len(vae["block_out_channels"]) - 1),
         latent_patch=2 ** (len(unet["block_out_channels"]) - 1),  # what the UNet's own halvings want
         latent_mean=(0.0,) * channels,
-        latent_std=(1.0 / vae["scaling_factor"],) * channels,
+        latent_std=(1.0 / vae.get("scaling_factor", SCALING_FACTOR),) * channels,
         scheduler=scheduler_told(settings),
     )
+
+
+def _refuse_other_betas(settings: dict[str, Any]) -> None:
+    odd = {name: settings[name] for name in ("trained_betas", "rescale_betas_zero_snr") if settings.get(name)}
+    if settings["beta_schedule"] not in VP_SCHEDULES:
+        odd["beta_schedule"] = settings["beta_schedule"]
+    if odd:
+        raise Refused(wrong="the scheduler's noise levels are not ones that are known", found=str(odd)[:200],
+                      mend=f"a teacher of beta_schedule {' or '.join(VP_SCHEDULES)} without these")  # fmt: skip
 
 
 def networks_of(resolved: Resolved) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import Refused
 from common.log import Log
 from common.schedule import HIGH_NOISE, expert_of
 from common.watch import Watch
 from harvest.activations import EVERY
 from harvest.config import TeacherConfig
-from harvest.loading.folder import Resolved, read_json, scheduler_told
+from harvest.loading.folder import MODEL_INDEX, Resolved, read_json, scheduler_told
 from harvest.loading.kernels import Ask, uncompiled
 from harvest.loading.measure import TEXT_ENCODER, Needs, tile_bytes
 from harvest.loading.parts import Parts, choose_dtype, count_tokens, dtype_name, load_parts
@@ -175,7 +176,7 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         noise="flow",
         train_steps=settings["num_train_timesteps"],
         shift=float(settings.get("flow_shift") or settings.get("shift") or 1.0),
-        boundary=resolved.scalars.get("boundary_ratio") if EXPERTS[1] in resolved.components else None,
+        boundary=_boundary(resolved) if EXPERTS[1] in resolved.components else None,
         latent_channels=network["in_channels"],
         latent_stride=vae.get("scale_factor_spatial") or 8,
         latent_patch=network["patch_size"][1],
@@ -183,6 +184,17 @@ def facts_of(resolved: Resolved) -> TeacherFacts:
         latent_std=tuple(vae["latents_std"]),
         scheduler=scheduler_told(settings),
     )
+
+
+def _boundary(resolved: Resolved) -> float:
+    told = resolved.scalars.get("boundary_ratio")
+    if told is None:
+        raise Refused(
+            wrong="two experts, and nothing says where the second begins",
+            found=f"no boundary_ratio in {resolved.folder / MODEL_INDEX}",
+            mend="add it there (Wan 2.2 T2V A14B: 0.875), or take teacher.rest from a folder of the same model",
+        )
+    return float(told)
 
 
 def networks_of(resolved: Resolved) -> tuple[str, ...]:

@@ -221,10 +221,10 @@ def test_an_encoder_that_changes_its_mind_is_warned_of(
 
 def test_a_torn_memory_costs_only_time(folder: Path, tmp_path: Path) -> None:
     parts = [resolve(folder, "auto").components["transformer"]]
-    memory = Remembered(parts, torch.float32)
+    memory = Remembered(parts, torch.float32, {})
     assert memory.recall() is None
     memory.write({"digests": {}})
-    assert memory.recall() == {"digests": {}} and Remembered(parts, torch.bfloat16).recall() is None
+    assert memory.recall() == {"digests": {}} and Remembered(parts, torch.bfloat16, {}).recall() is None
     memory._path.write_bytes(memory._path.read_bytes()[:20])
     assert memory.recall() is None
 

@@ -28,6 +28,7 @@ from harvest.loading.prepare import (
     prepared_digests,
 )
 from harvest.loading.weights import build, fill_model, load_model
+from tests.harvest.test_arrivals import prints
 from tests.harvest.test_loading import same_tensors, stock
 from tests.harvest.test_resume import as_file
 from tests.made import command, harvest_config, started, tree
@@ -88,6 +89,30 @@ def test_a_torn_preparation_does_not_serve(resolved: Resolved, tmp_path: Path) -
     assert not is_fresh(resolved, out, BF16)
     quietly(resolved, out)
     load_model(from_prepared(resolved, out).components["transformer"], BF16)
+
+
+def test_a_library_that_keeps_other_modules_in_float32_has_another_policy(
+    resolved: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import WanTransformer3DModel
+
+    out, folder = quietly(resolved, tmp_path / "out"), resolved.folder
+    before, _ = prints(folder, tmp_path, dtype="bfloat16")
+    kept = [name for name in WanTransformer3DModel._keep_in_fp32_modules if name != "norm2"]
+    monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", kept)
+    assert not is_fresh(resolved, out, BF16)
+    ready = from_prepared(resolved, quietly(resolved, out))
+    assert load_model(ready.components["transformer"], BF16).blocks[0].norm2.weight.dtype == BF16
+    assert prints(folder, tmp_path, dtype="bfloat16")[0].weights != before.weights
+    assert prints(folder, tmp_path, dtype="bfloat16", prepared=out)[0] == prints(folder, tmp_path, dtype="bfloat16")[0]
+
+
+def test_a_preparation_from_before_the_policy_stood_in_it_serves(resolved: Resolved, tmp_path: Path) -> None:
+    out = quietly(resolved, tmp_path / "out")
+    manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+    del manifest["float32"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert is_fresh(resolved, out, BF16)
 
 
 def test_another_dtype_is_refused(resolved: Resolved, tmp_path: Path) -> None:
