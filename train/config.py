@@ -147,8 +147,18 @@ class TrainConfig(Section):
     """Processes that read ahead, per training process; 0: a thread of its own."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """skip: a good sample of the same micro-batch takes the place of a damaged one; counted and said."""
-    deadline_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    deadline_s: float = Field(default=300.0, gt=0)
     """A stage that does not move for so long is reported with every thread's stack."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.level_shares is not None and sum(self.level_shares) == 0:
+            raise ValueError("level_shares: all are 0; give at least one level a share of the loss, or null")
+        if self.guidance == ():
+            raise ValueError("guidance: give a number for each expert, or null for the set's own")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {list(self.betas)} must lie in 0 <= beta < 1")
+        return self
 
     def by_muon(self, name: str, shape: Sequence[int]) -> bool:
         """Whether this parameter moves so; else AdamW moves it."""

@@ -6,7 +6,6 @@
 What is asked is train/objective.py's. Noise levels are the NUM_LEVELS equal parts of sigma.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +20,7 @@ from train.feed.slots import Spans
 from train.objective import Question
 
 NUM_LEVELS = 4
+NUM_GRIDS = 2048
 
 
 def error_of(student: Callable[..., Tensor], question: Question, micro: Micro) -> Tensor:
@@ -62,8 +62,9 @@ def level_weights(shares: tuple[float, ...] | None, contract: Contract, spans: S
 
 
 def _density(contract: Contract, spans: Spans | None) -> np.ndarray:
-    """Which share of the samples each level has; of what is drawn per record, the expectation."""
-    grid = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
+    """Which share of the samples each level has; of what is drawn per record, the expectation. Jitter carries steps
+    over the levels' edges: many grids are looked at."""
+    grids = [contract_grid(contract, seed) for seed in range(NUM_GRIDS if contract.jitter else 1)]
     pinned = sorted(set(contract.keep_at))
     kept = np.arange(contract.steps) if contract.keep == contract.steps else np.array(pinned)
     if spans:
@@ -73,7 +74,8 @@ def _density(contract: Contract, spans: Spans | None) -> np.ndarray:
         rest = contract.steps - len(pinned)
         chance = np.full(contract.steps, (contract.keep - len(pinned)) / rest if rest else 1.0)
         chance[pinned] = 1.0
-    level = np.minimum((grid.sigmas[:-1] * NUM_LEVELS).astype(int), NUM_LEVELS - 1)
-    counts = np.bincount(level, weights=chance, minlength=NUM_LEVELS)
+    sigmas = np.concatenate([grid.sigmas[:-1] for grid in grids])
+    level = np.minimum((sigmas * NUM_LEVELS).astype(int), NUM_LEVELS - 1)
+    counts = np.bincount(level, weights=np.tile(chance, len(grids)), minlength=NUM_LEVELS)
     density: np.ndarray = counts / counts.sum()
     return density

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.errors import BadUsage, Refused
 from common.record import GUIDED, Contract
-from common.schedule import GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
+from common.schedule import EULER, GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
 from train.config import GuidanceRange, TrainConfig
 from train.feed.data import Micro
 from train.feed.slots import FINAL, Spans
@@ -88,9 +88,12 @@ class Output:
             scale = 1 if sizes is None else _column(sizes)
             x0, noise = to_x0_noise(self.contract.prediction, target, seen, scale * (1 - sigma), scale * sigma)
             target = noise - x0
-        return Question(in_flow_coordinates(seen, sizes), fed(micro, sizes), target, w if self.drawn else None)
+        told = fed(self.contract, micro)
+        return Question(in_flow_coordinates(seen, sizes), told, target, w if self.drawn else None)
 
     def grid(self, steps: int | None) -> Grid:
+        if self.contract.noise != "flow":  # its teacher's own levels: it was asked about no others
+            return told_by_sigma(even_grid(dataclasses.replace(self.contract, steps=steps or self.contract.steps)))
         return GRIDS[GRID](steps or self.contract.steps, self.contract.shift, train_steps=self.contract.train_steps)
 
 
@@ -113,7 +116,7 @@ class Segment:
         if end_sizes is not None:
             end_sizes = torch.where(micro.end_sigmas == 0, torch.ones_like(end_sizes), end_sizes)
         there = in_flow_coordinates(micro.end.float(), end_sizes)
-        return Question(here, fed(micro, sizes), (there - here) / _column(micro.end_sigmas - micro.sigmas))
+        return Question(here, fed(self.contract, micro), (there - here) / _column(micro.end_sigmas - micro.sigmas))
 
     def grid(self, steps: int | None) -> Grid:
         if steps not in (None, self.walk.num_steps):
@@ -176,11 +179,9 @@ def _segment(config: TrainConfig, contract: Contract) -> Segment:
     if num > num_points:
         raise Refused(wrong=f"segments: {num}", found=f"{num_points} points a record", mend="ask for fewer")
     begins = [number * num_points // num for number in range(num)]
-    even = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
-    steps = kept[begins]
-    sigmas = even.sigmas[steps]
-    told = even.timesteps[steps] if contract.noise == "flow" else sigmas * np.float32(1000)
-    walk = Grid(sigmas=np.append(sigmas, np.float32(0)), timesteps=told)
+    even, steps = even_grid(contract), kept[begins]
+    walk = Grid(sigmas=np.append(even.sigmas[steps], np.float32(0)), timesteps=even.timesteps[steps])
+    walk = walk if says_sigma(contract) else told_by_sigma(walk)
     return Segment(contract=contract, spans=tuple(zip(begins, [*begins[1:], FINAL], strict=True)), walk=walk)
 
 
@@ -225,9 +226,23 @@ def in_flow_coordinates(latents: Tensor, sizes: Tensor | None) -> Tensor:
     return latents if sizes is None else latents / _column(sizes)
 
 
-def fed(micro: Micro, sizes: Tensor | None) -> Tensor:
+def fed(contract: Contract, micro: Micro) -> Tensor:
     """The timestep that the student is told."""
-    return micro.timesteps if sizes is None else micro.sigmas * 1000
+    return micro.timesteps if says_sigma(contract) else micro.sigmas * 1000
+
+
+def says_sigma(contract: Contract) -> bool:
+    """Whether the teacher's timesteps are 1000 sigma: a folder's own solver may cut them to integers."""
+    return contract.noise == "flow" and contract.solver == EULER
+
+
+def even_grid(contract: Contract) -> Grid:
+    """Without jitter."""
+    return contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
+
+
+def told_by_sigma(grid: Grid) -> Grid:
+    return Grid(sigmas=grid.sigmas, timesteps=grid.sigmas[:-1] * np.float32(1000))
 
 
 def _column(numbers: Tensor) -> Tensor:

@@ -1,21 +1,25 @@
 """What a student is asked: guidance, other teachers' predictions turned into velocities, segments of a path."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from common.errors import BadUsage, Refused
 from common.record import Contract, Record
-from common.schedule import contract_grid, vp_levels
+from common.schedule import contract_grid, expert_of, kept_steps, vp_levels
 from tests.made import made_contract, made_record, predicted_from
 from train.config import TrainConfig
+from train.feed.data import Micro
 from train.feed.slots import FINAL
 from train.held_out import micro_of
 from train.loss import NUM_LEVELS, level_weights, levels_of
-from train.objective import objective_of
+from train.objective import fed, objective_of
 
 NOWHERE = Path("nowhere")
 
@@ -124,6 +128,53 @@ def test_a_student_of_segments_takes_no_other_number_of_steps() -> None:
     objective = objective_of(config(objective="segment", segments=4), whole_path())
     with pytest.raises(Refused, match="4 segments"):
         objective.grid(20)
+
+
+@pytest.mark.parametrize("odd", [{"level_shares": (0.0,) * 4}, {"level_shares": (float("inf"), 1.0, 1.0, 1.0)},
+                                 {"betas": (0.9, 1.5)}, {"lr": float("inf")}, {"guidance": ()},
+                                 {"guidance": (float("nan"), 1.0)}])  # fmt: skip
+def test_numbers_that_cannot_be_meant_are_refused(odd: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(odd))):
+        config(**odd)
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_shares_hold_where_levels_are_jittered(steps: int) -> None:
+    """Jitter carries steps over the edges of the quarters."""
+    contract = made_contract(jitter=True, steps=steps, keep=steps // 2, keep_at=(0,), shift=3.0)
+    shares = (0.25, 0.25, 0.25, 0.25)
+    weights = level_weights(shares, contract, None)
+    assert weights is not None
+    sums = torch.zeros(NUM_LEVELS)
+    for number in range(4000):
+        key = made_record(number, side=8).key
+        grid = contract_grid(contract, int(key, 16))
+        experts = expert_of(grid.timesteps, contract.boundary)
+        kept = kept_steps(key, contract.steps, contract.keep, experts, contract.keep_at)
+        level = levels_of(torch.from_numpy(grid.sigmas[:-1][kept]))
+        sums.index_add_(0, level, weights[level])
+    torch.testing.assert_close(sums / sums.sum(), torch.tensor(shares), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("asked", ["output", "segment"])
+def test_a_student_is_told_1000_sigma_whatever_the_teacher_was_fed(asked: str) -> None:
+    """A folder's UniPC feeds integers; the exported scheduler tells sigma."""
+    solver = 'UniPCMultistepScheduler {"use_flow_sigmas": true}'
+    contract = made_contract(steps=8, keep=8, keep_at=(), jitter=False, solver=solver, boundary=None, guidance=(4.0,))
+    grid = contract_grid(contract, seed=0)
+    assert (grid.timesteps != grid.sigmas[:-1] * 1000).any()
+    objective = objective_of(config(objective=asked), contract)
+    assert np.array_equal(objective.grid(None).timesteps, objective.grid(None).sigmas[:-1] * np.float32(1000))
+    batch = SimpleNamespace(timesteps=torch.from_numpy(grid.timesteps), sigmas=torch.from_numpy(grid.sigmas[:-1]))
+    assert torch.equal(fed(contract, cast(Micro, batch)), batch.sigmas * 1000)
+
+
+def test_a_student_of_a_vp_teacher_walks_the_levels_that_it_learned() -> None:
+    contract = made_contract(prediction="epsilon", noise="vp1 scaled_linear 0.00085 0.012", boundary=None,
+                             guidance=(1.0,), steps=30, keep=4)  # fmt: skip
+    grid = objective_of(config(), contract).grid(10)
+    levels = contract_grid(dataclasses.replace(contract, steps=10, jitter=False), seed=0)
+    assert np.array_equal(grid.sigmas, levels.sigmas) and grid.sigmas[0] < 0.95
 
 
 def test_shares_of_the_loss_do_not_depend_on_the_harvests_density() -> None:
