@@ -23,6 +23,9 @@ BOTH, GUIDED = "both", "guided"
 POINT_FIELDS = {BOTH: ("latents", "cond", "uncond"), GUIDED: ("latents", "guided")}
 """What a contract says of branches -> the arrays of a point, in the order in which they are stored."""
 
+SAID_LATER = {"branches": BOTH, "vae": ""}
+"""What contracts did not say from the beginning -> what they mean without it."""
+
 Array = NDArray[Any]
 
 
@@ -155,6 +158,8 @@ class Contract:
     # a set's digest is what it was.
     branches: str = BOTH
     """both: a point holds cond and uncond; guided: their combination at `guidance` alone."""
+    vae: str = ""
+    """Fingerprint of what made states of pictures (source: images), in float32; empty: of no picture, or not said."""
 
     def to_json(self) -> bytes:
         return json.dumps(self._said(), indent=1, ensure_ascii=False).encode() + b"\n"
@@ -162,7 +167,7 @@ class Contract:
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values: dict[str, Any] = json.loads(data)
-        odd = (set(values) ^ {field.name for field in dataclasses.fields(cls)}) - {"branches"}
+        odd = (set(values) ^ {field.name for field in dataclasses.fields(cls)}) - set(SAID_LATER)
         branches = values.get("branches", BOTH)
         if values.get("format_version") != FORMAT_VERSION or odd or branches not in tuple(POINT_FIELDS):
             raise Refused(
@@ -180,10 +185,12 @@ class Contract:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def _said(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("branches", BOTH)}
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name not in SAID_LATER or value != SAID_LATER[name]}  # fmt: skip
 
     def difference(self, other: "Contract") -> list[str]:
-        return _difference(self, other)
+        """An older set does not say its VAE: then any is the same."""
+        return _difference(self, other if self.vae else dataclasses.replace(other, vae=""))
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:

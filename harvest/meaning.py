@@ -2,7 +2,7 @@
 configuration, the teacher's folder and the loaded teacher.
 
     contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
-    is_finished(config, facts, plan)          before a weight is read: another meaning is refused here already
+    require_same_meaning(config, facts)       before a weight is read: another meaning is refused here already
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from common.record import Contract, Numerics
 from common.schedule import EULER
 from common.shards import CONTRACT_NAME, ShardSet
 from harvest.config import HarvestConfig
-from harvest.plan import Plan
 from harvest.solvers import require_known, solver_of
 from harvest.teacher import Fingerprints, Teacher, TeacherFacts
 
@@ -25,15 +24,16 @@ def make_contract(config: HarvestConfig, facts: TeacherFacts, prints: Fingerprin
         raise BadUsage(
             wrong="guidance", found=f"{config.guidance} for {num_experts} experts", mend="give one number per expert"
         )
-    values = dataclasses.asdict(facts)
+    values = dataclasses.asdict(facts) | dataclasses.asdict(prints)
     scheduler = values.pop("scheduler")
+    if config.source != "images":
+        values["vae"] = ""
     if config.solver != EULER:
         require_known(scheduler)
     if config.shift is not None:
         values["shift"] = config.shift
     contract = Contract(
         **values,
-        **dataclasses.asdict(prints),
         text_cleaning=CLEANING,
         guidance=config.guidance[:num_experts],
         negative_prompt=clean_prompt(config.negative_prompt),  # as stock Wan does, and as all prompts are
@@ -52,18 +52,17 @@ def make_contract(config: HarvestConfig, facts: TeacherFacts, prints: Fingerprin
     return contract
 
 
-def is_finished(config: HarvestConfig, facts: TeacherFacts, plan: Plan) -> bool:
-    """Whether nothing remains to be done. What only a loaded teacher can say (fingerprints, the dtype that `auto`
+def require_same_meaning(config: HarvestConfig, facts: TeacherFacts) -> None:
+    """As the set at `out`, if there is one. What only a loaded teacher can say (fingerprints, the dtype that `auto`
     means) is taken from the set here, and compared once it is loaded."""
     if not (config.out / CONTRACT_NAME).exists():
         make_contract(config, facts, Fingerprints(weights="", text_encoder="", tokenizer=""), "")
-        return False
+        return
     shards = ShardSet.open(config.out)
     held = shards.contract
-    prints = Fingerprints(weights=held.weights, text_encoder=held.text_encoder, tokenizer=held.tokenizer)
+    prints = Fingerprints(weights=held.weights, text_encoder=held.text_encoder, tokenizer=held.tokenizer, vae=held.vae)
     dtype = held.compute_dtype if config.teacher.dtype == "auto" else config.teacher.dtype
     shards.require(make_contract(config, facts, prints, dtype))
-    return next(plan.remaining(shards), None) is None
 
 
 def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:

@@ -47,6 +47,8 @@ class Fingerprints:
     weights: str
     text_encoder: str
     tokenizer: str
+    vae: str = ""
+    """Where pictures are encoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

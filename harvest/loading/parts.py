@@ -28,7 +28,7 @@ from harvest.loading.kernels import Kernels, choose_kernels, require_compilable
 from harvest.loading.measure import TEXT_ENCODER, Needs, machine_at_hand, sizes_of, vae_sizes, wish_of
 from harvest.loading.networks import Networks
 from harvest.loading.prepare import from_prepared, prepare, prepared_digests
-from harvest.loading.weights import class_of, kept_in_float32
+from harvest.loading.weights import class_of, kept_in_float32, load_model
 from harvest.placing.placement import place
 from harvest.placing.places import VAE, Placement
 from harvest.teacher import Fingerprints
@@ -55,6 +55,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, config.device)
     if ":" in device:  # what names no GPU (pinned memory, the driver's questions) must not open another one
         torch.cuda.set_device(device)
+    vae = _vae_print(resolved, needs, config, watch)
     if config.prepared is not None:
         watch.moved(preparing=str(config.prepared))
         resolved = from_prepared(resolved, prepare(resolved, config.prepared, dtype, log, watch.moved, watch.heed))
@@ -83,7 +84,7 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
             dtype=dtype,
             networks=networks,
             tokenizer=load_tokenizer(tokenizer),
-            fingerprints=_fingerprints(digests, tokenizer),
+            fingerprints=_fingerprints(digests, tokenizer, vae),
             kernels=kernels,
         )
         for name in names[:2]:
@@ -143,10 +144,25 @@ def count_tokens(tokenizer: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(prompts, add_special_tokens=True, verbose=False).input_ids]
 
 
-def _fingerprints(digests: Mapping[str, Digests], tokenizer: Component) -> Fingerprints:
+def _vae_print(resolved: Resolved, needs: Needs, config: TeacherConfig, watch: Watch) -> str:
+    """As it encodes: in float32, from the folder's own files."""
+    if needs.tile_bytes is None:
+        return ""
+    part = resolved.components[VAE]
+    memory = Remembered([part], torch.float32, {})
+    found = None if config.rehash else memory.recall()
+    if found is None:
+        watch.moved(loading=VAE)
+        found = {"digests": tensor_digests(load_model(part, torch.float32, heed=watch.heed))}
+        memory.write(found)
+    return fingerprint([found["digests"]])
+
+
+def _fingerprints(digests: Mapping[str, Digests], tokenizer: Component, vae: str) -> Fingerprints:
     return Fingerprints(
         weights=fingerprint(told for name, told in digests.items() if name != TEXT_ENCODER),
         text_encoder=fingerprint([digests[TEXT_ENCODER]]),
+        vae=vae,
         tokenizer=fingerprint_files(path for path in tokenizer.folder.iterdir() if _is_of_a_tokenizer(path)),
     )
 

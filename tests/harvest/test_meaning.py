@@ -1,5 +1,6 @@
 """What the records mean is what the folder and stock pipelines say: nothing is guessed, dropped or read otherwise."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from common.cleaning import clean_prompt
 from common.errors import Refused
+from common.record import Contract
 from common.shards import ShardSet
+from harvest.config import HarvestConfig, ImagesConfig
+from harvest.granary.verify import verify
 from harvest.loading.folder import resolve
 from harvest.teachers import facts_of
 from tests.harvest.test_arrivals import prints
@@ -77,6 +83,54 @@ def test_the_hubs_cache_gives_what_its_main_branch_is_at(
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("aaaa\n")
     assert resolve(source, "auto").folder.name == "aaaa"
+
+
+class TestTheVaeOfPictures:
+    """States and end points come from it: another one means something else."""
+
+    @pytest.fixture
+    def config(self, tmp_path: Path, micro_wan: Path) -> HarvestConfig:
+        folder, pictures = shutil.copytree(micro_wan, tmp_path / "wan"), tmp_path / "pictures"
+        pictures.mkdir()
+        self.add(pictures, 2)
+        return harvest_config(tmp_path / "set", folder, source="images", prompts=None, records_per_shard=2,
+                              images=ImagesConfig(path=pictures), steps=6, keep=3)  # fmt: skip
+
+    @staticmethod
+    def add(pictures: Path, count: int) -> None:
+        for number in range(len(list(pictures.glob("*.png"))), count):
+            pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(pictures / f"{number}.png")
+            (pictures / f"{number}.txt").write_text(f"a cat {number}")
+
+    @staticmethod
+    def disturb(folder: Path) -> None:
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        name = min(name for name in tensors if tensors[name].ndim > 3)
+        save_file(tensors | {name: tensors[name] + 0.1}, path, metadata={"format": "pt"})
+
+    def test_another_one_is_refused(self, config: HarvestConfig) -> None:
+        assert config.images is not None
+        contract = ShardSet.open(harvest_here(config)).contract
+        assert len(contract.vae) == 64
+        self.add(config.images.path, 4)
+        self.disturb(config.teacher.folder)
+        with pytest.raises(Refused, match=f"vae: '{contract.vae}'"):
+            harvest_here(config)
+
+    def test_a_set_that_does_not_say_goes_on(self, config: HarvestConfig) -> None:
+        assert config.images is not None
+        contract = ShardSet.open(harvest_here(config)).contract
+        shutil.rmtree(config.out)
+        older = dataclasses.replace(contract, vae="")
+        assert "vae" not in json.loads(older.to_json()) and Contract.from_json(older.to_json()) == older
+        ShardSet.create(config.out, older)
+        assert ShardSet.open(harvest_here(config)).manifest().num_records == 2
+        assert list(verify(ShardSet.open(config.out))) == []
+
+    def test_a_set_of_walks_says_none(self, tmp_path: Path, micro_set: Path) -> None:
+        assert "vae" not in json.loads((micro_set / "contract.json").read_bytes())
 
 
 class TestStableDiffusion:
