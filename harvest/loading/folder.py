@@ -9,8 +9,8 @@ A variant says which files are read, a dtype what is computed. fp16 files are ta
 
 import json
 import os
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Component:
     """The files are ours, in the dtypes that are computed in: mapped, not read."""
     original: bool = False
     """The files name their tensors as Wan's own code does (harvest/loading/original.py)."""
+    crcs: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> crc32c of what lies in the files, where that was written down."""
 
     @property
     def num_bytes(self) -> int:

@@ -4,7 +4,7 @@
     resolved = from_prepared(resolved, out_dir)          the same teacher, its weights taken from there
 
     out_dir/<component>/model.safetensors     in the dtypes that the component computes in
-    out_dir/prepared.json                     policy, source files, digest of each tensor: written last
+    out_dir/prepared.json                     policy, source files, digest and crc32c of each tensor: written last
 
 Small staging buffers and several threads for bytes and casts; never a second copy of the weights in memory. A prepared
 component is then mapped and assigned, not read: several workers of a node share its pages.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.claim import claimed
 from common.errors import Partial
+from common.extents import crc32c
 from common.files import sweep, sync_folder, write_atomic
 from common.log import Log, human_bytes
 from common.tensor_file import ITEM_BYTES, StoredTensor
@@ -91,9 +92,10 @@ def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Reso
     for part in todo:
         path = out_dir / part.name / WEIGHTS_NAME
         tensors: dict[str, str] = {}
-        write_atomic(path, _stream(part, dtype, tensors, moved, heed))
+        crcs: dict[str, int] = {}
+        write_atomic(path, _stream(part, dtype, tensors, crcs, moved, heed))
         sweep(path.parent, older_than_s=3600.0)
-        told[part.name] = {"bytes": path.stat().st_size, "tensors": tensors}
+        told[part.name] = {"bytes": path.stat().st_size, "tensors": tensors, "crc32c": crcs}
         log.say(f"prepared {part.name}", bytes=human_bytes(path.stat().st_size))
     manifest = {**_key(resolved, dtype), "components": told}
     write_atomic(out_dir / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
@@ -101,8 +103,15 @@ def _convert(todo: Sequence[Component], sizes: Mapping[str, int], resolved: Reso
 
 def from_prepared(resolved: Resolved, out_dir: Path) -> Resolved:
     """The same teacher with its weights taken from what was prepared of it."""
+    told = json.loads((out_dir / MANIFEST_NAME).read_bytes())["components"]
     parts = {
-        name: replace(part, files=(out_dir / name / WEIGHTS_NAME,), prepared=True, original=False)
+        name: replace(
+            part,
+            files=(out_dir / name / WEIGHTS_NAME,),
+            prepared=True,
+            original=False,
+            crcs=told[name].get("crc32c", {}),
+        )  # older ones have none
         if part.files
         else part
         for name, part in resolved.components.items()
@@ -159,9 +168,9 @@ def _prepared_bytes(part: Component, dtype: torch.dtype) -> int:
     return sum(math.prod(stored.shape) * target.itemsize for stored, target in _targets(part, dtype).values())
 
 
-def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved: Moved,
+def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], crcs: dict[str, int], moved: Moved,
             heed: Callable[[], None]) -> Iterator[memoryview | bytes]:  # fmt: skip
-    """The prepared file's bytes, a few tensors ahead of the disk; fills `digests` as they pass."""
+    """The prepared file's bytes, a few tensors ahead of the disk; fills `digests` and `crcs` as they pass."""
     targets = _targets(part, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -176,7 +185,9 @@ def _stream(part: Component, dtype: torch.dtype, digests: dict[str, str], moved:
     for name, tensor in zip(targets, _ahead(reads, heed), strict=True):
         digests[name] = tensor_digest(tensor)
         moved(loading="prepare", file=f"{part.name}/{name}")
-        yield tensor.view(-1).view(torch.uint8).numpy().data
+        data = tensor.view(-1).view(torch.uint8).numpy().data
+        crcs[name] = crc32c(data)
+        yield data
 
 
 def _ahead(reads: Sequence[Callable[[], Tensor]], heed: Callable[[], None]) -> Iterator[Tensor]:

@@ -10,12 +10,14 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.errors import Corrupt
+from common.extents import crc32c
 from common.tensor_file import StoredTensor
 from harvest.loading.hands import Hands
 from harvest.loading.identity import digest_line
@@ -36,6 +38,31 @@ STAGING_BYTES = 1 << 20
 TOUCHED_BYTES = 16 << 20
 Moved = Callable[..., None]
 Put = Callable[[str, Tensor], Tensor]
+
+
+NO_CRCS: Mapping[str, int] = {}
+
+
+class Hearer(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+
+class Crc:
+    """Of one tensor, while it comes."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview, /) -> None:
+        self._value = crc32c(data, self._value)
+
+    def require(self, stored: StoredTensor, told: int | None) -> None:
+        if told not in (None, self._value):
+            raise Corrupt(
+                wrong=f"{stored.path} is not what was prepared",
+                found=f"{stored.name}: crc32c {self._value:08x} for {told:08x}",
+                mend="remove prepared.json of that folder: the next run prepares it again",
+            )
 
 
 class Arriving:
@@ -60,13 +87,16 @@ def fill(
     pool: Hands,
     put: Put,
     digests: dict[str, str] | None = None,
+    crcs: Mapping[str, int] = NO_CRCS,
 ) -> dict[str, Tensor]:
-    """Every tensor in its dtype, read and cast by several threads."""
+    """Every tensor in its dtype, read and cast by several threads; compared with its crc32c, if there is one."""
 
     def one(name: str) -> tuple[str, Tensor]:
-        running = hashlib.sha256() if digests is not None else None
+        running, crc = hashlib.sha256() if digests is not None else None, Crc()
+        hearers = [hearer for hearer, wanted in ((running, True), (crc, name in crcs)) if hearer and wanted]
         arriving.tell(sources[name])
-        tensor = read_tensor(sources[name], dtype_of(name), running)
+        tensor = read_tensor(sources[name], dtype_of(name), hearers)
+        crc.require(sources[name], crcs.get(name))
         if digests is not None and running is not None:
             digests[name] = digest_line(tensor, running.hexdigest())
         arriving.tell(sources[name], sources[name].num_bytes)
@@ -76,18 +106,22 @@ def fill(
 
 
 def map_in(
-    sources: Mapping[str, StoredTensor], arriving: Arriving, pool: Hands, put: Put, *, touched: bool
-) -> dict[str, Tensor]:
-    """Every tensor over its file's own pages; touched: one byte of each page, so that all of them are in memory."""
+    sources: Mapping[str, StoredTensor], arriving: Arriving, pool: Hands, put: Put, *, touched: bool,
+    crcs: Mapping[str, int] = NO_CRCS,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every tensor over its file's own pages; touched: all of them are brought into memory, and compared with its
+    crc32c, if there is one."""
     mapped = mapped_tensors(sources)
 
     def one(name: str) -> tuple[str, Tensor]:
-        flat = mapped[name].view(-1).view(torch.uint8)
+        flat, crc = mapped[name].view(-1).view(torch.uint8), Crc()
         for start in range(0, flat.numel() if touched else 0, TOUCHED_BYTES):
             arriving.tell(sources[name])
             piece = flat[start : start + TOUCHED_BYTES]
-            piece[:: mmap.PAGESIZE].max()
+            crc.update(piece.numpy().data) if name in crcs else piece[:: mmap.PAGESIZE].max()
             arriving.tell(sources[name], len(piece))
+        if touched:
+            crc.require(sources[name], crcs.get(name))
         return name, put(name, mapped[name])
 
     return dict(pool.map(one, in_one_sweep(sources)))
@@ -110,9 +144,9 @@ def mapped_tensors(sources: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return {name: piece(stored) for name, stored in sources.items()}
 
 
-def read_tensor(stored: StoredTensor, dtype: torch.dtype, running: "hashlib._Hash | None" = None) -> Tensor:
-    """One tensor, finite: straight into place, or through a staging buffer that is cast piece by piece; `running`
-    hears of what was kept."""
+def read_tensor(stored: StoredTensor, dtype: torch.dtype, hearers: Sequence[Hearer] = ()) -> Tensor:
+    """One tensor, finite: straight into place, or through a staging buffer that is cast piece by piece; `hearers` are
+    told what was kept."""
     source_dtype = TORCH_DTYPES[stored.dtype]
     target = source_dtype if not source_dtype.is_floating_point else dtype
     tensor = torch.empty(stored.shape, dtype=target)
@@ -129,8 +163,8 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype, running: "hashlib._Has
             if not in_place:
                 place.copy_(piece)
             _require_finite(stored, piece, place)
-            if running is not None:
-                running.update(place.view(torch.uint8).numpy().data)
+            for hearer in hearers:
+                hearer.update(place.view(torch.uint8).numpy().data)
     finally:
         os.close(fd)
     return tensor

@@ -60,9 +60,10 @@ def fill_model(part: Component, model: Any, dtype: torch.dtype, *, pool: Hands, 
     if part.prepared:
         _require_policy(part, sources, dtype_of)
     if part.prepared and mapped:
-        filled = map_in(sources, Arriving(part.name, sources, moved), pool, put, touched=touched)
+        filled = map_in(sources, Arriving(part.name, sources, moved), pool, put, touched=touched,
+                        crcs=part.crcs)  # fmt: skip
     else:
-        filled = fill(sources, dtype_of, Arriving(part.name, sources, moved), pool, put, digests)
+        filled = fill(sources, dtype_of, Arriving(part.name, sources, moved), pool, put, digests, part.crcs)
     return assigned(part, model, filled, digests)
 
 

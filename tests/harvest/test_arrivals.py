@@ -163,10 +163,10 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen, real = [], loading.read_tensor
 
-    def read(stored: Any, dtype: Any, running: Any = None) -> Any:
-        if running is not None:
+    def read(stored: Any, dtype: Any, hearers: Any = ()) -> Any:
+        if hearers:
             seen.append(stored.name)
-        return real(stored, dtype, running)
+        return real(stored, dtype, hearers)
 
     monkeypatch.setattr(loading, "read_tensor", read)
     return seen

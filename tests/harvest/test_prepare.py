@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import harvest.loading.prepare as prepare_module
-from common.errors import Partial, Refused
+from common.errors import Corrupt, Partial, Refused
 from common.files import TEMPORARY_PREFIX
 from common.log import Log
+from common.tensor_file import read_header
 from harvest.loading.folder import Resolved, resolve
 from harvest.loading.hands import Hands
 from harvest.loading.identity import tensor_digests
@@ -113,6 +115,28 @@ def test_a_preparation_from_before_the_policy_stood_in_it_serves(resolved: Resol
     del manifest["float32"]
     (out / MANIFEST_NAME).write_text(json.dumps(manifest))
     assert is_fresh(resolved, out, BF16)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_flipped_bit_in_what_was_prepared_is_named(
+    resolved: Resolved, tmp_path: Path, name: str, mapped: bool
+) -> None:
+    """Size and time are what they were, and the value is finite: only its checksum tells."""
+    ready = from_prepared(resolved, quietly(resolved, tmp_path / "out")).components[name]
+    path = ready.files[0]
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[-3] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    pool, moved = Hands(2, "bytes"), lambda **_: None
+    try:
+        with pytest.raises(Corrupt, match="is not what was prepared") as caught:
+            fill_model(ready, build(ready), BF16, pool=pool, moved=moved, mapped=mapped)
+        assert max(ready.crcs, key=lambda tensor: read_header(path)[tensor].offset) in caught.value.found
+        fill_model(replace(ready, crcs={}), build(ready), BF16, pool=pool, moved=moved, mapped=mapped)  # an older one
+    finally:
+        pool.finish()
 
 
 def test_another_dtype_is_refused(resolved: Resolved, tmp_path: Path) -> None:
