@@ -11,7 +11,7 @@ from common.cleaning import CLEANING, clean_prompt
 from common.errors import BadUsage, Refused
 from common.log import Log
 from common.record import Contract, Numerics
-from common.schedule import EULER
+from common.schedule import EULER, HIGH_NOISE, contract_grid, expert_of
 from common.shards import CONTRACT_NAME, ShardSet
 from harvest.config import HarvestConfig
 from harvest.solvers import require_known, solver_of
@@ -56,13 +56,27 @@ def require_same_meaning(config: HarvestConfig, facts: TeacherFacts) -> None:
     """As the set at `out`, if there is one. What only a loaded teacher can say (fingerprints, the dtype that `auto`
     means) is taken from the set here, and compared once it is loaded."""
     if not (config.out / CONTRACT_NAME).exists():
-        make_contract(config, facts, Fingerprints(weights="", text_encoder="", tokenizer=""), "")
+        _require_each_expert(make_contract(config, facts, Fingerprints(weights="", text_encoder="", tokenizer=""), ""))
         return
     shards = ShardSet.open(config.out)
     held = shards.contract
     prints = Fingerprints(weights=held.weights, text_encoder=held.text_encoder, tokenizer=held.tokenizer, vae=held.vae)
     dtype = held.compute_dtype if config.teacher.dtype == "auto" else config.teacher.dtype
     shards.require(make_contract(config, facts, prints, dtype))
+
+
+def _require_each_expert(contract: Contract) -> None:
+    """Of a set that begins: a student learns nothing of the levels of one that is never kept."""
+    grid = contract_grid(dataclasses.replace(contract, jitter=False), seed=0)
+    experts = expert_of(grid.timesteps, contract.boundary, train_steps=contract.train_steps)
+    unkept = set(experts.tolist()) - {int(experts[step]) for step in contract.keep_at}
+    if len(contract.keep_at) + len(unkept) > contract.keep:
+        name = "high-noise" if HIGH_NOISE in unkept else "low-noise"
+        raise BadUsage(
+            wrong=f"keep: nothing of the {name} expert would be kept",
+            found=f"keep {contract.keep}, keep_at {list(contract.keep_at)}",
+            mend=f"keep: {len(contract.keep_at) + len(unkept)} or more, or a keep_at that names a step of that expert",
+        )
 
 
 def make_numerics(config: HarvestConfig, teacher: Teacher) -> Numerics:

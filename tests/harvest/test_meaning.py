@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.cleaning import clean_prompt
-from common.errors import Refused
+from common.errors import BadUsage, Refused
 from common.record import Contract
 from common.shards import ShardSet
 from harvest.config import HarvestConfig, ImagesConfig
@@ -58,6 +58,18 @@ def test_two_experts_without_a_boundary_are_refused(tmp_path: Path) -> None:
         facts_of(resolve(folder, "auto"))
     one = write_micro_wan(tmp_path / "one", experts=1)
     assert facts_of(resolve(one, "auto")).boundary is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_at", "mend"), [(1, None, "keep: 2"), (2, [0, 1], "keep: 3"), (1, [5], "keep: 2")]
+)
+def test_keeping_nothing_of_an_expert_is_refused_before_it_begins(
+    tmp_path: Path, micro_wan: Path, keep: int, keep_at: list[int] | None, mend: str
+) -> None:
+    config = harvest_config(tmp_path / "set", micro_wan, steps=6, keep=keep, keep_at=keep_at, prompts={"limit": 1})
+    with pytest.raises(BadUsage, match=f"-noise expert would be kept.*{mend}"):
+        harvest_here(config)
+    assert not (config.out / "contract.json").exists()
 
 
 def test_what_lies_about_in_a_tokenizers_folder_is_not_the_tokenizer(tmp_path: Path, micro_wan: Path) -> None:
