@@ -3,6 +3,7 @@
     leave(folder, "vae/config.json", content)      once: what is there is kept
     replace(folder, "model.safetensors", content)
     path = sound(folder, "vae")                    of a file or a folder, after all its bytes were compared
+    write_folder(folder, {**files, **seals_of(files)})      of a folder that appears whole
 
     <name>    seals/<name>.json   {"bytes": 1234, "crc32c": 567}
 
@@ -12,10 +13,11 @@ it is taken as it is.
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import Corrupt
-from common.extents import measured
+from common.extents import crc32c, measured
 from common.files import Content, write_atomic, write_new
 
 SEALS = "seals"
@@ -34,6 +36,11 @@ def replace(folder: Path, name: str, content: Content) -> None:
     _seal_path(folder, name).unlink(missing_ok=True)
     write_atomic(folder / name, content)
     _seal(folder, name)
+
+
+def seals_of(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What stands beside them when they are sealed."""
+    return {f"{SEALS}/{name}.json": _told(len(data), crc32c(data)) for name, data in files.items()}
 
 
 def remove(folder: Path, name: str) -> None:
@@ -92,8 +99,11 @@ def damage_of(folder: Path, name: str) -> tuple[str, str] | None:
 
 
 def _seal(folder: Path, name: str) -> None:
-    num_bytes, crc = measured(folder / name)
-    write_atomic(_seal_path(folder, name), json.dumps({"bytes": num_bytes, "crc32c": crc}).encode())
+    write_atomic(_seal_path(folder, name), _told(*measured(folder / name)))
+
+
+def _told(num_bytes: int, crc: int) -> bytes:
+    return json.dumps({"bytes": num_bytes, "crc32c": crc}).encode()
 
 
 def _seal_path(folder: Path, name: str) -> Path:

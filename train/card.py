@@ -10,6 +10,8 @@ from train.objective import Objective
 from train.student.config import StudentConfig
 
 PACKAGE = "wan-lite"
+STOCK_TEXT_ROWS = 512
+"""What other programs feed of a prompt, padding included."""
 
 
 def card(student: StudentConfig, contract: Contract, use: str, provenance: Mapping[str, str]) -> str:
@@ -71,10 +73,22 @@ velocity = student(latents, timesteps, text, lengths{told})     # see train/stud
 ```"""
 
 
-def pipeline_use(objective: Objective, *, has_text_encoder: bool) -> str:
+def text_note(student: StudentConfig, contract: Contract) -> str:
+    """What other programs would do otherwise with a prompt; empty: nothing."""
+    if {student.text_max_length, student.text_length, contract.text_length} == {STOCK_TEXT_ROWS}:
+        return ""
+    return (f"It was trained on the first {student.text_max_length} text rows of a prompt, padded to "
+            f"{student.text_length}; other programs feed the whole prompt, padded to {STOCK_TEXT_ROWS}.")  # fmt: skip
+
+
+def pipeline_use(student: StudentConfig, objective: Objective, *, has_text_encoder: bool) -> str:
     walk = objective.grid(None)
     parts = "" if has_text_encoder else ", text_encoder=..., tokenizer=..."
     lines = ["from diffusers import WanPipeline", "", f'pipe = WanPipeline.from_pretrained("this folder"{parts})']
+    prompt, note = '"..."', text_note(student, objective.contract)
+    if note:
+        prompt, note = "prompt_embeds=text", f" {note} The call below cuts them so."
+        lines = ["import torch", *lines, *_cut_text(student, objective.contract)]
     if objective.spans is not None:
         sigmas = [round(float(sigma), 7) for sigma in walk.sigmas[:-1]]
         lines += [
@@ -82,11 +96,22 @@ def pipeline_use(objective: Objective, *, has_text_encoder: bool) -> str:
             "pipe.scheduler.set_timesteps = lambda num, device=None: walk(sigmas=sigmas, device=device)",
         ]
     lines.append(
-        f'pipe("...", num_frames=1, guidance_scale=1.0, num_inference_steps={walk.num_steps}, height=..., width=...)'
+        f"pipe({prompt}, num_frames=1, guidance_scale=1.0, num_inference_steps={walk.num_steps}, height=..., width=...)"
     )
     code = "\n".join(["```python", *lines, "```"])
     many = "as many steps as you like" if objective.spans is None else f"these {walk.num_steps} steps and no others"
-    return f"Guidance is inside: `guidance_scale=1.0`, and {many}.\n\n{code}"
+    return f"Guidance is inside: `guidance_scale=1.0`, and {many}.{note}\n\n{code}"
+
+
+def _cut_text(student: StudentConfig, contract: Contract) -> list[str]:
+    """As train/sample.py feeds a record's text."""
+    rows = max(contract.text_length, student.text_length)
+    kept = "" if rows == student.text_length else f"[:, :{student.text_length}]"
+    return [
+        "with torch.no_grad():",
+        f'    text = pipe.encode_prompt("...", do_classifier_free_guidance=False, max_sequence_length={rows})[0]{kept}',
+        f"text[:, {student.text_max_length}:] = 0",
+    ]
 
 
 def code_version() -> str:

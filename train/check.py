@@ -53,6 +53,8 @@ def check(config: TrainConfig, world: World) -> None:
         log.say(run.summary())
         if world.rank == 0:
             require_room(asked, run.state, run.total_steps, log)
+        with part("untrained"):
+            run.onlooker.measure_untrained(run.state)
         stepper = Stepper(config, world, run.state, run.objective, run.level_weights, run.total_steps)
         feed = run.feed(log, config.batch_size)
         try:

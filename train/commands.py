@@ -209,7 +209,7 @@ def export(source: Path, out: Path, form: Literal["diffusers", "comfyui", "wanli
     from train.export import export as write
 
     chosen: Form = "adapter" if only_adapter else form or "diffusers"
-    write(
+    note = write(
         source,
         out,
         form=chosen,
@@ -220,3 +220,5 @@ def export(source: Path, out: Path, form: Literal["diffusers", "comfyui", "wanli
         license_name=license_name,
     )
     click.echo(f"{out}: {chosen}")
+    if note:
+        click.echo(note)

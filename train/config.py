@@ -21,6 +21,11 @@ from pydantic import (
 from common.config import Section
 
 
+def lies_in(name: str, part: str) -> bool:
+    """Whether a parameter is this one, or belongs to this part of a student: in blocks.1, not in blocks.10."""
+    return name == part or name.startswith(part.rstrip(".") + ".")
+
+
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2106.09685) beside some linear layers; nothing else is trained."""
 
@@ -112,7 +117,7 @@ class TrainConfig(Section):
     compile: bool = False
     """torch.compile of the student."""
     frozen: tuple[str, ...] = ()
-    """Parameters whose names begin so stay as they are."""
+    """Parameters, or parts of the student with all that is in them (blocks.1), stay as they are."""
     lora: Lora | None = None
     """Wants the extra `lora`. Checkpoints hold the adapters alone: the init stays part of the run."""
     fit: Literal["exact", "auto"] = "exact"

@@ -3,8 +3,9 @@
     report = evaluate(run_dir, num=256, steps=None, grader=load_grader("tests.shapes.grade:grade"))
 
     held_out     how far its answers are from the teacher's on prompts never trained on: see train/held_out.py
-    psnr         of its pictures against the teacher's own, from the teacher's own noise (peak 255)
+    psnr         of its pictures against the teacher's own, from the teacher's own noise (peak 255); else no_psnr: why
     graded       with a grader: the share of pictures it passes, per property, student | teacher | their ratio
+                 (student | set | ratio, where a set's pictures are not its teacher's)
 
 A grader is any function (picture [H, W, 3] bytes, prompt) -> a bool, a number, or an object whose public bools and
 numbers are each a property.
@@ -21,25 +22,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import BadUsage
-from train.chosen import first_records, held_out_records, num_held_out
+from common.errors import BadUsage, Fault
+from common.log import Log
+from train.chosen import first_records, found_again, held_out_records, num_held_out, skipping, strict
+from train.config import TrainConfig
 from train.dist import HOST
 from train.held_out import HeldOut, shown
-from train.sample import open_run, pairs
+from train.run_folder import newest_or_given
+from train.sample import Trained, open_run, pairs
 from train.start import first_student
-from train.watching import NUM_HELD_OUT
+from train.watched import Watched
+from train.watching import NUM_HELD_OUT, why_undrawable
 
 Grader = Callable[[np.ndarray, str], Any]
+NOT_DRAWN = "the set's pictures are its own (source: images), which nobody drew from a record's noise"
 NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
 def evaluate(run_dir: Path, *, num: int, steps: int | None, grader: Grader | None,
              device: torch.device = HOST) -> dict[str, Any]:  # fmt: skip
-    """At the set's own guidance, whatever the student is told in training."""
+    """A student that is told the guidance is told the set's own. What cannot be had is left out, and said."""
     trained = open_run(run_dir, device)
-    student = trained.student
+    log = Log("eval")
+    pardon = skipping(log.say) if trained.config.on_corrupt == "skip" else strict
+    student, shards = trained.student, trained.shards
     rows = student.config.text_max_length
-    records = first_records(trained.shards, num)
+    records = first_records(shards, num, pardon)
     grid = trained.objective.grid(steps)
     report: dict[str, Any] = {
         "step": trained.step,
@@ -50,19 +58,42 @@ def evaluate(run_dir: Path, *, num: int, steps: int | None, grader: Grader | Non
         "records": len(records),
         "records_held_out": num_held_out(records),
     }
-    unseen = held_out_records(trained.shards, NUM_HELD_OUT)
-    if unseen:
+    if guidance := _other_guidance(trained):
+        report["guidance"] = guidance
+    watched = Watched.read(newest_or_given(run_dir)[0])
+    again = [record for _, record in found_again(shards, watched.held_out, pardon, log.say)]
+    if unseen := again or held_out_records(shards, NUM_HELD_OUT, pardon):
         held_out = HeldOut(trained.objective, unseen, text_rows=rows, device=device)
-        first = first_student(trained.config).to(device).eval()
-        report["held_out"] = held_out.gap(student).numbers() | {"untrained": held_out.gap(first).numbers()}
+        report["held_out"] = held_out.gap(student).numbers() | _untrained(held_out, trained.config, device)
+    why = why_undrawable(shards)
+    if no_psnr := why or (NOT_DRAWN if shards.contract.source == "images" else None):
+        report["no_psnr"] = no_psnr
+    if why or (no_psnr and grader is None):
+        return report
     began = time.monotonic()
-    mine, theirs = pairs(trained.shards, trained.answer(None), records, grid, text_rows=rows, device=device)
+    mine, theirs = pairs(shards, trained.answer(None), records, grid, text_rows=rows, device=device)
     report["seconds"] = round(time.monotonic() - began, 2)
-    report["psnr"] = float(np.mean([psnr(a, b) for a, b in zip(mine, theirs, strict=True)]))
+    if no_psnr is None:
+        report["psnr"] = float(np.mean([psnr(a, b) for a, b in zip(mine, theirs, strict=True)]))
     if grader is not None:
         prompts = [record.prompt for record in records]
-        report["graded"] = compared(graded(grader, mine, prompts), graded(grader, theirs, prompts))
+        report["graded"] = compared(graded(grader, mine, prompts), graded(grader, theirs, prompts),
+                                    other="set" if no_psnr else "teacher")  # fmt: skip
     return report
+
+
+def _other_guidance(trained: Trained) -> dict[str, list[float]] | None:
+    """The student's one w and the set's, where they are two."""
+    mine, own = trained.config.guidance, trained.shards.contract.guidance
+    return {"student": list(mine), "set": list(own)} if isinstance(mine, tuple) and mine != own else None
+
+
+def _untrained(held_out: HeldOut, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    try:
+        first = first_student(config).to(device).eval()
+    except (Fault, OSError) as error:
+        return {"untrained": None, "no_untrained": str(error)}
+    return {"untrained": held_out.gap(first).numbers()}
 
 
 def psnr(mine: np.ndarray, theirs: np.ndarray) -> float:
@@ -87,9 +118,10 @@ def properties(grade: Any) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if isinstance(value, NUMBERS)}
 
 
-def compared(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+def compared(mine: Mapping[str, float], theirs: Mapping[str, float], *,
+             other: str = "teacher") -> dict[str, dict[str, float | None]]:  # fmt: skip
     return {
-        name: {"student": mine[name], "teacher": theirs[name],
+        name: {"student": mine[name], other: theirs[name],
                "ratio": mine[name] / theirs[name] if theirs[name] else None}
         for name in mine
     }  # fmt: skip
@@ -110,18 +142,29 @@ def load_grader(name: str) -> Grader:
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     seen = f"{report['records']} pictures, {report['records_held_out']} of prompts never trained on"
-    lines = [f"step {report['step']}, {report['samples_seen']} samples; {report['steps']} steps a picture, {seen}",
-             f"PSNR against the teacher's own pictures from its own noise: {report['psnr']:.2f} dB"]  # fmt: skip
-    if "held_out" in report:
-        gap, untrained = report["held_out"], report["held_out"]["untrained"]
-        lines.append("held-out gap to the teacher (0: equal, 1: no better than the mean): "
-                     f"{shown(gap['gap'])}, untrained {shown(untrained['gap'])}")  # fmt: skip
-        lines += [f"  {name}: {', '.join(_short(share) for share in gap[key])}"
-                  for name, key in (("quarters of sigma from low to high", "gap_by_level"),
-                                    ("experts, high noise first", "gap_by_expert"))]  # fmt: skip
+    lines = [f"step {report['step']}, {report['samples_seen']} samples; {report['steps']} steps a picture, {seen}"]
+    if "guidance" in report:
+        taught, own = (", ".join(f"{w:g}" for w in report["guidance"][who]) for who in ("student", "set"))
+        lines.append(f"guidance: the student was taught {taught}, to which its gap is; the set's pictures have {own}")
+    if "psnr" in report:
+        lines.append(f"PSNR against the teacher's own pictures from its own noise: {report['psnr']:.2f} dB")
+    else:
+        lines.append(f"no PSNR: {report['no_psnr']}")
+    lines += _gap_lines(report["held_out"]) if "held_out" in report else []
     for name, scores in report.get("graded", {}).items():
-        lines.append(f"{name}: student {scores['student']:.3f}, teacher {scores['teacher']:.3f}, "
-                     f"ratio {_short(scores['ratio'])}")  # fmt: skip
+        lines.append(f"{name}: " + ", ".join(f"{who} {_short(score)}" for who, score in scores.items()))
+    return lines
+
+
+def _gap_lines(gap: Mapping[str, Any]) -> list[str]:
+    untrained = gap["untrained"]["gap"] if gap["untrained"] else None
+    lines = ["held-out gap to the teacher (0: equal, 1: no better than the mean): "
+             f"{shown(gap['gap'])}, untrained {shown(untrained)}"]  # fmt: skip
+    if "no_untrained" in gap:
+        lines.append(f"  the untrained student cannot be opened: {gap['no_untrained']}")
+    lines += [f"  {name}: {', '.join(_short(share) for share in gap[key])}"
+              for name, key in (("quarters of sigma from low to high", "gap_by_level"),
+                                ("experts, high noise first", "gap_by_expert"))]  # fmt: skip
     return lines
 
 

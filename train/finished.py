@@ -13,20 +13,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.config import load_config
 from common.errors import BadUsage
 from common.record import Contract
-from common.shards import ASSETS, ShardSet
+from common.shards import ASSETS
 from train.card import card, code_version
-from train.config import Lora, TrainConfig
+from train.config import Lora
 from train.guidance import refuse_guidance
-from train.lora import whole
 from train.objective import Objective, objective_of
-from train.run_folder import CONFIG_NAME, EMA_NAME, MODEL_NAME, newest_or_given
-from train.state import verified
+from train.opened import open_checkpoint
+from train.run_folder import EMA_NAME, MODEL_NAME
 from train.student.guidance import at_one
 from train.student.network import StudentConfig
-from train.student.weights import tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +45,8 @@ class Finished:
 
 
 def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finished:
-    run_dir, folder = newest_or_given(source)
-    name = EMA_NAME if averaged else MODEL_NAME
-    summary = verified(folder, name)
-    config = load_config(TrainConfig, run_dir / CONFIG_NAME)
-    shards = ShardSet.open(config.set)
-    contract = shards.contract
+    opened = open_checkpoint(source, EMA_NAME if averaged else MODEL_NAME)
+    config, contract, summary = opened.config, opened.shards.contract, opened.summary
     provenance = {
         "made_by": code_version(),
         "teacher": contract.teacher,
@@ -66,14 +59,13 @@ def read_finished(source: Path, *, averaged: bool, license_name: str) -> Finishe
         "license": license_name,
         **({} if config.lora is None else {"lora": f"rank {config.lora.rank}", "base": f"sha256 {summary['base']}"}),
     }
-    saved = dict(tensors_of(folder / name))
     return Finished(
-        student=StudentConfig.from_dict(summary["student"]),
-        weights=whole(saved, config.lora, config.init, summary.get("base")),
-        adapters={} if config.lora is None else saved,
+        student=opened.student,
+        weights=opened.weights,
+        adapters={} if config.lora is None else opened.saved,
         lora=config.lora,
         contract=contract,
-        assets_dir=shards.path / ASSETS,
+        assets_dir=opened.shards.path / ASSETS,
         objective=objective_of(config, contract),
         provenance=provenance,
     )

@@ -8,6 +8,7 @@ set-up -> restore the newest valid checkpoint -> for each step: batch, step (tra
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ from train.optim import gather
 from train.out_of_memory import explained, fitted, survived
 from train.resume import allow
 from train.room import require_room
-from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS
+from train.run_folder import CONFIG_NAME, EPOCHS, LOCK_NAME, RANKS, looks_at
 from train.saver import Saver
 from train.start import new_state, open_student
 from train.state import Keep, TrainState, restore
 from train.step import Stepper, Taken, require_progress
 from train.tally import Tally
 from train.watching import Onlooker
+
+Stage = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
 def train(config: TrainConfig, world: World, *, limit_s: float | None = None, follow_s: float = 0.0) -> None:
@@ -88,34 +91,40 @@ def set_up(config: TrainConfig, world: World, log: Log, stop: StopRequest, *, fo
         if config.lora is not None:
             require_base(config.init, facts["base"])
     global_batch = config.global_batch or (facts or {}).get("global_batch") or config.batch_size * world.size
-    return Run(config=config, world=world, shards=shards, state=state, epochs=epochs, objective=objective,
-               global_batch=global_batch, patience_s=follow_s)  # fmt: skip
+    base = facts.get("base") if facts else base_digest(config.init)
+    run = Run(config=config, world=world, shards=shards, state=state, epochs=epochs, objective=objective,
+              base=base, global_batch=global_batch, patience_s=follow_s)  # fmt: skip
+    run.onlooker.open(state, log)
+    return run
 
 
 class Run:
     """What stays the same from the first step of a run to its last."""
 
     def __init__(self, *, config: TrainConfig, world: World, shards: ShardSet, state: TrainState, epochs: Epochs,
-                 objective: Objective, global_batch: int, patience_s: float) -> None:  # fmt: skip
+                 objective: Objective, base: str | None, global_batch: int, patience_s: float) -> None:  # fmt: skip
         self.config, self.world, self.shards, self.state = config, world, shards, state
         self.epochs, self.objective, self.global_batch = epochs, objective, global_batch
         self.patience_s = patience_s
+        self.base = base  # of the init that the run began with; older checkpoints say it with adapters alone
         points = None if objective.spans is None else tuple(begin for begin, _ in objective.spans)
         self.order = Order(config.seed, epochs.freeze, state.cursor, points=points)
         self.epoch_samples = self.order.epoch_length(0)
         self.total_steps = math.ceil(config.num_epochs * self.epoch_samples / global_batch)
-        self._base = None if config.lora is None else base_digest(config.init)
         self.level_weights: Tensor | None = level_weights(config.level_shares, shards.contract, objective.spans)
-        self.onlooker = Onlooker(config, shards, objective, world, steps_per_epoch=self.epoch_samples / global_batch)
+        self.onlooker = Onlooker(config, shards, objective, world, freeze=epochs.freeze,
+                                 steps_per_epoch=self.epoch_samples / global_batch)  # fmt: skip
 
     def summary(self) -> str:
         parameters = list(self.state.student.parameters())
         millions = sum(parameter.numel() for parameter in parameters) / 1e6
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6
         share = "" if trained == millions else f" ({trained:.3g} M of them trained)"
+        is_cold = 2 * self.config.warmup_steps > self.total_steps
         return (
             f"student of {millions:.2f} M parameters{share}, {self.epoch_samples} samples an epoch, "
             f"{self.total_steps} steps of {self.global_batch} on {self.world.size} x {self.world.device_name}"
+            + (f"; {self.config.warmup_steps} of them WARM UP: lr hardly comes to its height" if is_cold else "")
         )
 
     def loop(self, log: Log, watch: Watch, stop: StopRequest, bar: Bar) -> None:
@@ -126,6 +135,10 @@ class Run:
         stepper = Stepper(config, self.world, state, self.objective, self.level_weights, self.total_steps)
         with stage("fit"):
             batch_size = self._batch_size(stepper, log)
+        with stage("held-out"), survived("the untrained student's gap", log, self.onlooker.said):
+            self.onlooker.measure_untrained(state)
+        # Of the last step, if that was taken by an earlier start: what it came to.
+        looks = looks_at(config.out, state.step) if state.step == self.total_steps else set()
         feed = self.feed(log, batch_size)
         steps = iter(feed)
         try:
@@ -146,17 +159,19 @@ class Run:
                 if asked or last or state.step % config.checkpoint_every == 0:
                     with stage("save"):
                         self._save(saver)
-                    if not asked:
-                        with stage("held-out"), survived("the held-out gap", log):
-                            self.onlooker.measure(state, log)
-                if self.onlooker.wants_pictures(state.step, last=last):
-                    with stage("pictures"), survived("pictures", log):
-                        self.onlooker.draw(state, log)
+                    if not (asked or last):
+                        self._measure(log, stage)
+                if not last and self.onlooker.wants_pictures(state.step, last=False):
+                    self._draw(log, stage)
                 if asked and not last:
                     with stage("save"):
                         saver.finish()
                         self.world.any(False)  # all leave together: a launcher ends the others when one has left
                     raise stop.fault()
+            if "held_out" not in looks:
+                self._measure(log, stage)
+            if "pictures" not in looks and self.onlooker.wants_pictures(state.step, last=True):
+                self._draw(log, stage)
             with stage("save"):
                 saver.finish()
         finally:
@@ -165,6 +180,14 @@ class Run:
             finally:
                 saver.finish()
         log.say("done", samples=state.samples_seen)
+
+    def _measure(self, log: Log, stage: Stage) -> None:
+        with stage("held-out"), survived("the held-out gap", log, self.onlooker.said):
+            self.onlooker.measure(self.state, log)
+
+    def _draw(self, log: Log, stage: Stage) -> None:
+        with stage("pictures"), survived("pictures", log, self.onlooker.said):
+            self.onlooker.draw(self.state, log)
 
     def _batch_size(self, stepper: Stepper, log: Log) -> int:
         config, per_rank = self.config, self.global_batch // self.world.size
@@ -215,5 +238,5 @@ class Run:
             "global_batch": self.global_batch,
             "total_steps": self.total_steps,
             "student": self.state.student.config.to_dict(),
-            "base": self._base,
+            "base": self.base,
         }

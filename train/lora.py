@@ -78,7 +78,7 @@ def adapter_files(adapters: Mapping[str, Tensor], lora: Lora) -> dict[str, bytes
 
 
 def base_digest(init_dir: Path) -> str:
-    """Of the weights that adapters stand beside."""
+    """Of the weights that a run begins with, or that adapters stand beside."""
     digest = hashlib.sha256()
     for piece in pieces(init_dir / WEIGHTS_NAME):
         digest.update(piece)

@@ -2,7 +2,7 @@
 
     with explained(state, batch_size=32, world=world): ...       out of memory: a table of what held it, three mends
     batch_size = fitted(stepper, state, ...)                     fit: auto; halved until it fits on every rank
-    with survived("pictures", log): ...                          out of memory: said, and the run goes on
+    with survived("pictures", log, said): ...                    out of memory, or a fault: said, and the run goes on
 
 A smaller micro-batch at the same global batch is the same training, but for last bits.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from common.errors import Partial
+from common.errors import Fault, Partial
 from common.log import Log, human_bytes
 from common.record import Contract
 from train.dist import World
@@ -53,14 +53,19 @@ def explained(state: TrainState, *, batch_size: int, world: World) -> Iterator[N
 
 
 @contextlib.contextmanager
-def survived(what: str, log: Log) -> Iterator[None]:
-    """A look at the student is not worth the run: without room for it, it is left out and said."""
+def survived(what: str, log: Log, said: set[str]) -> Iterator[None]:
+    """A look at the student is not worth the run: without room for it, or without what it reads, it is left out, and
+    that is said each time that it is new."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (Fault, OSError, MemoryError, RuntimeError) as error:
+        full = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not full:
             raise
-        log.say(f"{what} left out: out of memory", found=str(error).split("\n")[0])
+        event = f"{what} left out" + (": out of memory" if full else "")
+        if (new := event if full else f"{event} {error}") not in said:
+            said.add(new)
+            log.say(event, found=str(error).split("\n")[0])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -13,9 +13,12 @@ from safetensors.torch import save
 
 from common.errors import BadUsage, Refused
 from common.files import Content, pieces, write_folder
+from common.seals import sound
 from common.tensor_file import weight_files
 from train.card import pipeline_use
 from train.finished import Finished, with_time
+from train.student.weights import FolderWeights
+from train.vae.network import read_vae_values
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 VARIANTS, VARIANT = (None, "fp16"), ".fp16"
@@ -24,7 +27,7 @@ WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, copy: bool) -> None:
-    _refuse_what_wan_pipeline_cannot_open(finished)
+    vae = _vae_of(finished)
     classes = _text_classes(text_encoder)
     if text_encoder is not None:
         _require_text_parts(text_encoder)
@@ -48,7 +51,7 @@ def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, 
         "num_train_timesteps": finished.contract.train_steps,
         "shift": 1.0 if few else finished.contract.shift,
     }
-    told = finished.card(pipeline_use(finished.objective, has_text_encoder=text_encoder is not None))
+    told = finished.card(pipeline_use(finished.student, finished.objective, has_text_encoder=text_encoder is not None))
     files = {
         **texts,
         "model_index.json": _json_bytes(index),
@@ -56,7 +59,7 @@ def write_pipeline(finished: Finished, out: Path, text_encoder: Path | None, *, 
         "scheduler/scheduler_config.json": _json_bytes(scheduler),
         "transformer/config.json": _json_bytes(finished.student.to_wan_config()),
         "transformer/diffusion_pytorch_model.safetensors": weights,
-        **{f"vae/{name}": _content(path) for name, path in _plainly(finished.assets_dir / "vae")},
+        **{f"vae/{name}": _content(path) for name, path in _plainly(vae)},
     }
     try:
         write_folder(out, files)
@@ -96,14 +99,18 @@ def _require_text_parts(folder: Path) -> None:
                        mend="finish the download, or give another folder of the teacher")  # fmt: skip
 
 
-def _refuse_what_wan_pipeline_cannot_open(finished: Finished) -> None:
-    config = json.loads((finished.assets_dir / "vae" / "config.json").read_text(encoding="utf-8"))
+def _vae_of(finished: Finished) -> Path:
+    """The set's own, whole, of the one class that WanPipeline opens."""
+    folder = sound(finished.assets_dir, "vae")
+    config = read_vae_values(folder)
     if config.get("_class_name") != VAE_CLASS:
         raise Refused(
             wrong=f"WanPipeline opens latents of {VAE_CLASS} only",
             found=f"a set of {finished.contract.teacher} with {config.get('_class_name')}",
             mend="export --format wanlite",
         )
+    FolderWeights(folder)  # what is missing or torn is named
+    return folder
 
 
 def _plainly(part_dir: Path) -> Iterator[tuple[str, Path]]:

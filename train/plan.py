@@ -14,7 +14,6 @@ Memory of one GPU, part by part:
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from common.log import human_bytes, human_seconds
 from common.manifest import Receipt
 from common.shards import ShardSet
 from common.tensor_file import read_header
-from train.config import TrainConfig
+from train.config import TrainConfig, lies_in
+from train.feed.slots import Spans
 from train.run_folder import read_metrics
-from train.student.config import StudentConfig
+from train.student.config import StudentConfig, read_config
 
 SPARE = 0.92
 """The part of a GPU's memory that can be counted on; the rest is the context and the allocator's gaps."""
@@ -46,13 +46,15 @@ class Need:
 
 
 def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_per_s: float | None) -> Iterator[str]:
+    from train.objective import objective_of
+
     student, shapes = _student(config.init)
     trains = trained(config, shapes)
     num_parameters, num_trained = (sum(map(math.prod, some.values())) for some in (shapes, trains))
     shards = ShardSet.open(config.set)
     receipts = shards.manifest().receipts
     side = max(((receipt.height, receipt.width) for receipt in receipts), default=(512, 512), key=math.prod)
-    points = _trained_points(receipts, config, shards.contract.keep)
+    points = _trained_points(receipts, objective_of(config, shards.contract).spans)
     millions = num_parameters / 1e6
     share = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
     yield f"student of {millions:.1f} M parameters{share}; {points} samples an epoch, the largest {side[0]}x{side[1]}"
@@ -101,7 +103,8 @@ def memory(config: TrainConfig, *, student: StudentConfig, num_parameters: int, 
 def trained(config: TrainConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
     """Of `shapes`, the student's tensors, those that are not frozen; or the adapters beside them."""
     if config.lora is None:
-        return {name: shape for name, shape in shapes.items() if not name.startswith(config.frozen)}
+        return {name: shape for name, shape in shapes.items()
+                if not any(lies_in(name, part) for part in config.frozen)}  # fmt: skip
     rank = config.lora.rank
     adapted = {name: shape for name, shape in shapes.items()
                if len(shape) == 2 and config.lora.adapts(name.removesuffix(".weight"))}  # fmt: skip
@@ -156,13 +159,13 @@ def _student(folder: Path) -> tuple[StudentConfig, dict[str, tuple[int, ...]]]:
     if not path.exists():
         raise BadUsage(wrong="there is no student to plan for", found=f"nothing in {folder}",
                        mend="python -m train init first")  # fmt: skip
-    config = StudentConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    return config, {name: stored.shape for name, stored in read_header(path).items()}
+    return read_config(folder), {name: stored.shape for name, stored in read_header(path).items()}
 
 
-def _trained_points(receipts: tuple[Receipt, ...], config: TrainConfig, keep: int) -> int:
-    per_record = (config.segments or keep) if config.objective == "segment" else keep
-    return sum(int((~receipt.held_out_records()).sum()) * per_record for receipt in receipts)
+def _trained_points(receipts: tuple[Receipt, ...], spans: Spans | None) -> int:
+    """With segments, the points where one begins."""
+    numbers = ((int((~receipt.held_out_records()).sum()), receipt.num_points) for receipt in receipts)
+    return sum(trained * (num_points if spans is None else len(spans)) for trained, num_points in numbers)
 
 
 def _measured(out: Path) -> float | None:

@@ -1,8 +1,11 @@
 """What may change between a checkpoint and the run that goes on from it.
 
 allow(config, facts, contract=..., epoch=..., log=log)        says what changed, refuses what would mix two runs
+require_contract(folder, facts, contract)                     the set's alone, as whoever draws or exports asks
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from common.config import check
@@ -23,12 +26,7 @@ HARMLESS = frozenset({
 
 def allow(config: TrainConfig, facts: dict[str, Any], *, contract: str, epoch: int, epoch_digest: str,
           log: Log) -> None:  # fmt: skip
-    if facts["contract"] != contract:
-        raise Refused(
-            wrong=f"{config.out} was trained on a set of another contract",
-            found=f"{contract[:16]}, was {facts['contract'][:16]}",
-            mend="give the set it was trained on, or another `out`",
-        )
+    require_contract(config.out, facts, contract)
     if facts["epoch_digest"] != epoch_digest:
         raise Refused(
             wrong=f"epoch {epoch} is not the one that the checkpoint was trained on",
@@ -45,6 +43,17 @@ def allow(config: TrainConfig, facts: dict[str, Any], *, contract: str, epoch: i
         )
     if changed:
         log.say("the configuration changed", **{name: f"{then}->{now}" for name, (then, now) in changed.items()})
+
+
+def require_contract(trained: Path, facts: Mapping[str, Any], contract: str) -> None:
+    """Checkpoints of the first releases do not say it."""
+    was = facts.get("contract", contract)
+    if was != contract:
+        raise Refused(
+            wrong=f"{trained} was trained on a set of another contract",
+            found=f"{contract[:16]}, was {was[:16]}",
+            mend="give the set it was trained on, its contract.json as it was; or train into another `out`",
+        )
 
 
 def _difference(config: TrainConfig, facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,7 @@
 """The names on disk of a training run, and what can be said of one without torch.
 
 run/ config.yaml  epochs/NNNN.json  checkpoints/<samples_seen>/  metrics.jsonl  log.txt  heartbeat.json  ranks/<r>/
-     samples/epoch_NNNN_sample_MM.png  lock.json
+     samples/epoch_NNNN_sample_MM.png  watched.json  lock.json
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from common.log import METRICS_NAME
 from common.watch import read_heartbeat
 
 CONFIG_NAME, EPOCHS, CHECKPOINTS, RANKS, SAMPLES = "config.yaml", "epochs", "checkpoints", "ranks", "samples"
-LOCK_NAME = "lock.json"
+LOCK_NAME, WATCHED_NAME = "lock.json", "watched.json"
 STATE_NAME, MODEL_NAME, EMA_NAME, OPTIMIZER_NAME = (
     "state.json",
     "model.safetensors",
@@ -48,6 +48,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
+
+
+def looks_at(run_dir: Path, step: int) -> set[str]:
+    """Which looks at its student a run has come to after that step: held_out, pictures."""
+    return {line["event"] for line in read_metrics(run_dir) if line.get("step") == step and "event" in line}
 
 
 def status_lines(run_dir: Path) -> Iterator[str]:

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.config import load_config
 from common.record import Record
 from common.schedule import Grid, seeded_noise
 from common.seals import sound
@@ -26,12 +25,10 @@ from train.chosen import first_records
 from train.config import TrainConfig
 from train.dist import HOST
 from train.guidance import Answer, said
-from train.lora import whole
 from train.objective import Objective, objective_of
-from train.run_folder import CONFIG_NAME, EMA_NAME, newest_or_given
-from train.state import verified
-from train.student.network import StudentConfig, WanLite
-from train.student.weights import tensors_of
+from train.opened import open_checkpoint
+from train.run_folder import EMA_NAME
+from train.student.network import WanLite
 from train.vae.network import load_vae
 
 GAP = 4
@@ -56,15 +53,12 @@ class Trained(NamedTuple):
 
 def open_run(source: Path, device: torch.device = HOST) -> Trained:
     """The moving average of a run's newest checkpoint, or of the one given, and the set it was trained on."""
-    run_dir, folder = newest_or_given(source)
-    config = load_config(TrainConfig, run_dir / CONFIG_NAME)
-    shards = ShardSet.open(config.set)
-    summary = verified(folder, EMA_NAME)
-    student = WanLite(StudentConfig.from_dict(summary["student"]))
-    weights = whole(dict(tensors_of(folder / EMA_NAME)), config.lora, config.init, summary.get("base"))
-    student.load_state_dict(weights, strict=True)
-    objective = objective_of(config, shards.contract)
-    return Trained(config, shards, objective, student.to(device).eval(), summary["step"], summary["samples_seen"])
+    opened = open_checkpoint(source, EMA_NAME)
+    student = WanLite(opened.student)
+    student.load_state_dict(opened.weights, strict=True)
+    objective = objective_of(opened.config, opened.shards.contract)
+    return Trained(opened.config, opened.shards, objective, student.to(device).eval(), opened.summary["step"],
+                   opened.summary["samples_seen"])  # fmt: skip
 
 
 def sample(run_dir: Path, *, num: int, steps: int | None, device: torch.device = HOST,

@@ -11,7 +11,7 @@ import torch
 
 from common.errors import BadUsage, Refused
 from common.record import Contract
-from train.config import GuidanceRange, TrainConfig
+from train.config import GuidanceRange, TrainConfig, lies_in
 from train.dist import World
 from train.lora import adapt
 from train.optim import make_optimizers
@@ -43,14 +43,7 @@ def open_student(config: TrainConfig, contract: Contract) -> WanLite:
             mend=f"python -m train init --teacher DIR --student configs/students/NAME.json --out {config.init}",
         )
     student = first_student(config, gradient_checkpointing=config.gradient_checkpointing)
-    wants = {"in_channels": contract.latent_channels, "text_dim": contract.text_dim}
-    for name, number in wants.items():
-        if getattr(student.config, name) != number:
-            raise Refused(
-                wrong=f"the student does not fit the set: {name}",
-                found=f"{getattr(student.config, name)}, the set has {number}",
-                mend="make the student again from the set's own teacher",
-            )
+    _require_fit(student, contract)
     if config.lora is not None:
         if config.frozen:
             raise BadUsage(wrong="frozen and lora together", found=f"frozen: {list(config.frozen)}",
@@ -64,14 +57,30 @@ def open_student(config: TrainConfig, contract: Contract) -> WanLite:
     return student
 
 
-def _freeze(student: WanLite, prefixes: tuple[str, ...]) -> None:
-    for prefix in prefixes:
-        parts = [parameter for name, parameter in student.named_parameters() if name.startswith(prefix)]
-        if not parts:
+def _require_fit(student: WanLite, contract: Contract) -> None:
+    wants = {
+        "num_channels": (student.config.in_channels, contract.latent_channels),
+        "text_encoder_output_dim": (student.config.text_dim, contract.text_dim),
+        "text_padded_length": (student.config.text_length, contract.text_length),
+    }
+    for name, (number, wanted) in wants.items():
+        if number != wanted:
+            raise Refused(
+                wrong=f"the student does not fit the set: {name}",
+                found=f"{number}, the set has {wanted}",
+                mend=f"set {name} to {wanted} in the student's JSON and run train init again with --set SET, or with "
+                "--adapt too, which does that",
+            )
+
+
+def _freeze(student: WanLite, frozen: tuple[str, ...]) -> None:
+    for part in frozen:
+        held = [parameter for name, parameter in student.named_parameters() if lies_in(name, part)]
+        if not held:
             names = sorted({name.split(".")[0] for name, _ in student.named_parameters()})
-            raise BadUsage(wrong=f"frozen: no parameter begins with '{prefix}'", found=", ".join(names),
+            raise BadUsage(wrong=f"frozen: no parameter is or lies in '{part}'", found=", ".join(names),
                            mend="name one of these, or blocks.N")  # fmt: skip
-        for parameter in parts:
+        for parameter in held:
             parameter.requires_grad_(False)
 
 

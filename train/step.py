@@ -165,5 +165,6 @@ def require_progress(state: TrainState, ids: list[str]) -> None:
         raise Partial(
             wrong=f"{len(recent)} of the last {min(SKIPPED_OF, state.step)} steps had no finite gradient",
             found=f"the last with {', '.join(ids) or 'finite losses'}",
-            mend="lower lr or use precision: bfloat16 or float32; go on from an older checkpoint by removing the newer",
+            mend="at the very start: look at the init; else export a sound older checkpoint (`python -m train export "
+            "CHECKPOINT --format wanlite`) as the init of a new run with a lower lr, or precision: bfloat16 or float32",
         )

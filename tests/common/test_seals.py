@@ -7,8 +7,8 @@ from threading import Barrier
 import pytest
 
 from common.errors import Corrupt
-from common.files import TEMPORARY_PREFIX
-from common.seals import damage_of, leave, remove, replace, sealed, sound
+from common.files import TEMPORARY_PREFIX, write_folder
+from common.seals import damage_of, leave, remove, replace, sealed, seals_of, sound
 
 CONTENT = bytes(range(256)) * 40
 
@@ -90,3 +90,13 @@ def flip_bit(path: Path, bit: int) -> None:
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
+
+
+def test_a_folder_that_appears_whole_is_sealed_as_one_that_grew(tmp_path: Path) -> None:
+    files = {"vae/config.json": b"{}", "negative.npy": CONTENT}
+    for name, data in files.items():
+        leave(tmp_path / "grew", name, data)
+    write_folder(tmp_path / "whole", {**files, **seals_of(files)})
+    assert sealed(tmp_path / "whole") == sorted(files)
+    for name in ("seals/vae/config.json.json", "seals/negative.npy.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "grew" / name).read_bytes()

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common.config import check
-from common.errors import BadUsage
+from common.errors import BadUsage, Corrupt
 from common.schedule import seeded_noise
 from common.shards import ShardSet
 from common.wan_names import diffusers_name, original_name
 from tests.made import command, harvest_config, harvest_here
+from tests.train.test_opened import resealed, tell
 from train.chosen import first_records
 from train.config import TrainConfig
 from train.dist import joined
@@ -149,6 +150,42 @@ def test_a_few_step_student_walks_as_its_card_says(tmp_path: Path, micro_wan: Pa
     np.testing.assert_allclose(stock.numpy(), mine.numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize(("most", "padded_to"), [(2, 512), (3, 77), (512, 2048)])
+def test_a_student_of_fewer_text_rows_draws_as_its_card_says(
+    tmp_path: Path, run: Path, micro_wan: Path, most: int, padded_to: int
+) -> None:
+    """The code of the card itself is run. The prompts have four rows."""
+    from click.testing import CliRunner
+
+    from train.commands import export as command
+
+    shutil.copytree(run, tmp_path / "run")
+    told = {"text_max_length": most, "text_length": padded_to}
+    resealed(tmp_path / "run", lambda summary: summary["student"].update(told))
+    words = [tmp_path / "run", "--out", tmp_path / "student", "--text-encoder", micro_wan]
+    done = CliRunner().invoke(command, [str(word) for word in words])
+    assert done.exit_code == 0 and f"first {most} text rows of a prompt, padded to {padded_to}" in done.output
+    found = open_run(tmp_path / "run")
+    records = first_records(found.shards, 2)
+    mine = draw(found.student, records[:1], found.objective.grid(None), torch.device("cpu"), text_rows=most)
+    noise = torch.from_numpy(seeded_noise(records[0].seed, records[0].final.shape))[None, :, None]
+    code = (tmp_path / "student/README.md").read_text().split("```python\n")[1].split("```")[0]
+    inputs = "height=64, width=64, latents=noise, output_type='latent'"
+    for here, there in (
+        ('"this folder"', repr(str(tmp_path / "student"))),
+        ('"..."', repr(records[0].prompt)),
+        ("pipe(prompt", "out = pipe(prompt"),
+        ("height=..., width=...", inputs),
+    ):
+        assert here in code
+        code = code.replace(here, there)
+    scope: dict[str, Any] = {"noise": noise}
+    exec(code, scope)
+    naive = drawn_by_stock(scope["pipe"], records[:1], found.shards.contract.steps)
+    off, naively_off = ((drawn - mine).norm() / mine.norm() for drawn in (scope["out"].frames.squeeze(2), naive))
+    assert off < 2e-3 < 2e-2 < naively_off
+
+
 def test_strip_export_strip_is_bitwise(tmp_path: Path, run: Path) -> None:
     from train.student.projection import strip
 
@@ -208,8 +245,6 @@ def test_every_form_says_where_it_comes_from(tmp_path: Path, run: Path, micro_se
 
 
 def test_a_damaged_checkpoint_or_a_taken_name_is_refused(tmp_path: Path, run: Path) -> None:
-    from common.errors import Corrupt
-
     with pytest.raises(BadUsage, match="exists"):
         export(run, tmp_path, form="wanlite")
     shutil.copytree(run, tmp_path / "run")
@@ -261,3 +296,49 @@ def test_of_two_variants_one_is_taken_whole(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").unlink()
     assert [(name, path.name) for name, path in _plainly(tmp_path)] == [
         ("config.json", "config.json"), ("model.safetensors", "model.fp16.safetensors")]  # fmt: skip
+
+
+def test_a_damaged_autoencoder_is_never_exported(tmp_path: Path, run: Path, micro_set: Path) -> None:
+    """Of a sealed set, and of an older one whose parts are not there."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(micro_set, tmp_path / "set")
+    tell(tmp_path / "run", set=str(tmp_path / "set"))
+    vae = tmp_path / "set/assets/vae"
+    weights, values = next(vae.glob("*.safetensors")), vae / "config.json"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-500] + bytes([data[-500] ^ 64]) + data[-499:])
+
+    def exported() -> None:
+        export(tmp_path / "run", tmp_path / "out", form="diffusers")
+
+    with pytest.raises(Corrupt, match=weights.name):
+        exported()
+    shutil.rmtree(tmp_path / "set/assets/seals")
+    weights.write_bytes(data[:-500])
+    with pytest.raises(Corrupt, match=weights.name):
+        exported()
+    weights.unlink()
+    with pytest.raises(BadUsage, match="no weights"):
+        exported()
+    values.write_text(values.read_text()[:-9])
+    with pytest.raises(Corrupt, match=r"vae/config\.json cannot be read"):
+        exported()
+    values.unlink()
+    with pytest.raises(BadUsage, match=r"there is no .*vae/config\.json"):
+        exported()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_next_runs_init_is_sealed_as_any_other(tmp_path: Path, run: Path) -> None:
+    from common.seals import sealed
+    from train.student.network import CONFIG_NAME, WEIGHTS_NAME, load_student
+
+    export(run, tmp_path / "init", form="wanlite")
+    assert sealed(tmp_path / "init") == [CONFIG_NAME, WEIGHTS_NAME]
+    load_student(tmp_path / "init")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        data = (tmp_path / "init" / name).read_bytes()
+        (tmp_path / "init" / name).write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+        with pytest.raises(Corrupt, match=name):
+            load_student(tmp_path / "init")
+        (tmp_path / "init" / name).write_bytes(data)

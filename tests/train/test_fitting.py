@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from common.errors import Refused
 from common.shards import ShardSet
-from tests.made import command, harvest_config, harvest_here, write_student_json
+from tests.made import command, harvest_config, harvest_here, trained_here, write_student_json
 from tests.micro_sd import write_micro_sd
 from train.student.config import read_student_json
 from train.student.fitting import fitted
 from train.student.network import load_student
-from train.student.projection import tensor_shapes
+from train.student.projection import project, tensor_shapes
 
 ODD = {"num_channels": 4, "text_encoder_output_dim": 77}
 
@@ -23,6 +23,19 @@ def test_what_differs_is_refused_with_the_right_numbers(tmp_path: Path, micro_se
     odd = write_student_json(tmp_path / "odd.json", **ODD)
     with pytest.raises(Refused, match=r"num_channels 4, the set wants 16.*output_dim 77, the set wants 32"):
         fitted(odd, ShardSet.open(micro_set))
+
+
+def test_a_student_of_another_text_length_is_refused_where_it_is_trained(
+    tmp_path: Path, micro_set: Path, micro_wan: Path
+) -> None:
+    """It would be attended by fewer rows of padding than its teacher was."""
+    odd = read_student_json(write_student_json(tmp_path / "odd.json", text_padded_length=77))
+    project(micro_wan, odd, tmp_path / "init")
+    with pytest.raises(
+        Refused, match=r"text_padded_length; found: 77.* 512; do: set text_padded_length to 512"
+    ) as told:
+        trained_here({"set": micro_set, "init": tmp_path / "init", "out": tmp_path / "run", "device": "cpu"})
+    assert "--adapt" in told.value.mend and "--set" in told.value.mend
 
 
 def test_adapt_writes_the_mended_file_and_goes_on(tmp_path: Path, micro_set: Path, micro_wan: Path) -> None:

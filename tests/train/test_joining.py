@@ -88,10 +88,10 @@ def test_a_device_that_cannot_be_is_refused_by_the_config() -> None:
     ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", "can't allocate memory: 9 bytes"],
 )
 def test_a_look_without_room_is_left_out_and_the_run_goes_on(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with survived("pictures", Log("train")):
+    with survived("pictures", Log("train"), set()):
         raise RuntimeError(words + "\nmore")
     assert "pictures left out: out of memory" in (told := "".join(capsys.readouterr())) and words in told
-    with pytest.raises(RuntimeError, match="shape"), survived("pictures", Log("train")):
+    with pytest.raises(RuntimeError, match="shape"), survived("pictures", Log("train"), set()):
         raise RuntimeError("shape mismatch")
 
 

@@ -303,9 +303,9 @@ def test_frozen_parts_stay_and_unknown_ones_are_named(settings: dict[str, Any], 
     with pytest.raises(BadUsage, match="blockz"):
         run(settings, frozen=["blockz"])
     with pytest.raises(BadUsage, match="nothing is left"):
-        run(settings, frozen=["patch", "condition", "blocks", "proj", "scale"])
+        run(settings, frozen=["patch_embedding", "condition_embedder", "blocks", "proj_out", "scale_shift_table"])
     with pytest.raises(BadUsage, match="nothing is left to it"):
-        run(settings, frozen=["condition", "blocks"], muon={"lr": 4e-3})
+        run(settings, frozen=["condition_embedder", "blocks"], muon={"lr": 4e-3})
 
 
 def test_checkpointing_in_the_backward_pass_changes_no_bit(settings: dict[str, Any], straight: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_is_not_a_runs_own_is_refused(tmp_path: Path, asked: dict[str, Any]
         trained_here(asked, num_epochs=0.2, lora=LORA | {"alpha": 9})
     other = tmp_path / "other"
     other.mkdir()
-    for path in micro_init.iterdir():
+    for path in micro_init.glob("*.*"):
         data = bytearray(path.read_bytes())
         if path.name == WEIGHTS_NAME:
             data[-1] ^= 1

@@ -73,9 +73,9 @@ def test_each_group_climbs_to_its_own_peak(micro_set: Path, micro_init: Path, tm
     values = {"set": micro_set, "init": micro_init, "out": tmp_path, "device": "cpu", "warmup_steps": 2, "lr": 1e-3,
               "muon": {"lr": 5e-3}, "lr_schedule": "constant", "num_epochs": 1}  # fmt: skip
     run = set_up(check(TrainConfig, values, source="test"), World(rank=0, size=1, device=torch.device("cpu")),
-                 Log(tmp_path, quiet=True), StopRequest(None), follow_s=0.0)  # fmt: skip
+                 Log("test", quiet=True), StopRequest(None), follow_s=0.0)  # fmt: skip
     stepper = Stepper(run.config, run.world, run.state, run.objective, None, run.total_steps)
-    feed = run.feed(Log(tmp_path, quiet=True), batch_size=32)
+    feed = run.feed(Log("test", quiet=True), batch_size=32)
     try:
         for share in (0.5, 1.0):
             taken = stepper.take(next(iter(feed)))

@@ -1,6 +1,7 @@
 """A student of few steps, from the feed to the pictures: each point comes with the end of its segment."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from train.feed.data import Feed, Step
 from train.feed.order import Order
 from train.feed.slots import FINAL, Spans
 from train.loop import train
+from train.plan import plan_lines
 from train.run_folder import read_metrics
 
 SPANS: Spans = ((0, 2), (2, FINAL))
@@ -138,3 +140,18 @@ def test_segments_are_found_among_points_that_were_drawn(tmp_path: Path, micro_w
     assert [len(only_pinned(record, shards.contract).sigmas) for record in records] == [4, 4]
     held_out = HeldOut(objective, records, text_rows=9, device=torch.device("cpu"))
     assert held_out.num_points == 8 and dict(objective.spans or ())[3] == FINAL
+
+
+def test_the_plan_counts_what_the_run_takes_and_a_long_warm_up_is_said(
+    tmp_path: Path, micro_wan: Path, micro_init: Path
+) -> None:
+    """Four of six kept points begin a segment."""
+    set_path = harvest_here(harvest_config(tmp_path / "set", micro_wan, steps=8, keep=6, keep_at=[0, 2, 4, 6]))
+    values = {"set": set_path, "init": micro_init, "out": tmp_path / "run", "objective": "segment", "num_epochs": 1,
+              "batch_size": 8, "warmup_steps": 1000, "device": "cpu"}  # fmt: skip
+    config = check(TrainConfig, values, source="test")
+    planned = next(plan_lines(config, num_gpus=1, gpu_bytes=1e12, samples_per_s=None))
+    train(config, ALONE)
+    said = (tmp_path / "run" / "log.txt").read_text()
+    (count,) = re.findall(r"(\d+) samples an epoch", said)
+    assert f"; {count} samples an epoch" in planned and "1000 of them WARM UP" in said

@@ -1,22 +1,31 @@
 """A student of its teacher's size is its teacher, at one frame; what may differ is switched and bounded here."""
 
+import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import BadUsage
+from common.errors import BadUsage, Corrupt, Fault
+from common.files import Content
+from common.seals import damage_of, replace
+from common.seals import sealed as sealed_in
 from tests.micro import TRANSFORMER, built, write_micro_ti2v, write_micro_wan
+from train.student import network, projection
+from train.student.fresh import start_fresh
 from train.student.layers import attended, normalised
 from train.student.network import StudentConfig, WanLite, load_student, read_student_json, save_student
+from train.student.projection import project
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +209,82 @@ def test_saved_student_opens_as_it_was(tmp_path: Path) -> None:
     save_student(tmp_path / "init", student.config, student.state_dict(), note="a test")
     opened, at = load_student(tmp_path / "init"), scene(2, 8, 8)
     assert opened.config == student.config and torch.equal(students(opened, at), students(student, at))
+
+
+def damage(folder: Path, kind: str) -> None:
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if kind in ("nan", "inf", "-inf"):
+        tensors = load_file(weights)
+        tensors["proj_out.bias"][3] = float(kind)
+        save_file(tensors, weights)
+    elif kind == "torn":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "misfit":
+        config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    elif kind == "garbled":
+        config.write_bytes(config.read_bytes()[:-9] + b"\xff")
+    elif kind == "no object":
+        config.write_text("[1, 2]")
+    else:
+        (folder / kind).unlink()
+
+
+@pytest.mark.parametrize(("kind", "fault", "named"), [
+    ("nan", Corrupt, r"model\.safetensors .*proj_out\.bias"),
+    ("inf", Corrupt, r"model\.safetensors .*proj_out\.bias"),
+    ("-inf", Corrupt, r"model\.safetensors .*proj_out\.bias"),
+    ("torn", Corrupt, r"model\.safetensors"),
+    ("empty", Corrupt, r"model\.safetensors"),
+    ("misfit", Corrupt, r"model\.safetensors does not fit the config\.json.*blocks\.2"),
+    ("garbled", Corrupt, r"config\.json cannot be read"),
+    ("no object", Corrupt, r"config\.json cannot be read"),
+    ("config.json", BadUsage, r"there is no .*config\.json"),
+    ("model.safetensors", Corrupt, r"model\.safetensors"),
+])  # fmt: skip
+def test_an_older_init_without_seals_is_damaged_in_one_line(
+    kind: str, fault: type[Fault], named: str, micro_init: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(micro_init, tmp_path / "init", ignore=shutil.ignore_patterns("seals"))
+    load_student(tmp_path / "init")
+    damage(tmp_path / "init", kind)
+    with pytest.raises(fault, match=named) as raised:
+        load_student(tmp_path / "init")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("make", ["project", "fresh", "save"])
+def test_a_new_student_over_an_old_one_is_killed_and_neither_opens(
+    make: str, sealed: bool, micro_wan: Path, micro_init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.json is the new one already."""
+    old = shutil.copytree(micro_init, tmp_path / "init")
+    if not sealed:
+        shutil.rmtree(old / "seals")
+    new = dataclasses.replace(load_student(old).config, rope_max_seq_len=77)
+    makers: dict[str, Callable[[], object]] = {
+        "project": lambda: project(micro_wan, new, old, experts="high"),
+        "fresh": lambda: start_fresh(new, old),
+        "save": lambda: save_student(old, new, load_student(micro_init).state_dict()),
+    }
+
+    def killed(folder: Path, name: str, content: Content) -> None:
+        if name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(folder, name, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for module in (network, projection):
+            patch.setattr(module, "replace", killed)
+        makers[make]()
+    assert json.loads((old / "config.json").read_text())["rope_max_seq_len"] == 77
+    assert "model.safetensors" not in sealed_in(old)
+    with pytest.raises(Corrupt, match=r"model\.safetensors"):
+        load_student(old)
+    makers[make]()
+    assert load_student(old).config == new and damage_of(old, "report.json") is None
 
 
 def test_names_and_shapes_are_diffusers_own(tmp_path: Path) -> None:

@@ -91,12 +91,16 @@ def test_variant_files_and_shards_are_read(tmp_path: Path) -> None:
 
 def test_a_foreign_an_empty_and_a_torn_folder_are_named(tmp_path: Path) -> None:
     folder = write_micro_wan(tmp_path / "wan") / "vae"
-    foreign, empty, torn = (shutil.copytree(folder, tmp_path / name) for name in ("foreign", "empty", "torn"))
+    foreign, empty, torn, bare = (shutil.copytree(folder, tmp_path / name)
+                                  for name in ("foreign", "empty", "torn", "bare"))  # fmt: skip
+    (bare / "config.json").unlink()
     config = json.loads((folder / "config.json").read_text()) | {"_class_name": "AutoencoderKL"}
     (foreign / "config.json").write_text(json.dumps(config))
     next(empty.glob("*.safetensors")).unlink()
     weights = next(torn.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadUsage, match=r"there is no .*bare/config\.json"):
+        load_vae(bare)
     with pytest.raises(BadUsage, match="AutoencoderKL"):
         load_vae(foreign)
     with pytest.raises(BadUsage, match="safetensors"):

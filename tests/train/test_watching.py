@@ -106,7 +106,16 @@ def test_named_prompts_are_drawn_in_their_order(settings: dict[str, Any], held_o
 def test_check_walks_through_everything_and_leaves_the_run_alone(settings: dict[str, Any]) -> None:
     check(config(settings), ALONE)
     parts = [line["part"] for line in read_metrics(settings["out"] / "check") if line.get("event") == "check"]
-    assert parts == ["load", "first batch", "forward and backward", "step", "held-out forward", "save", "sample"]
+    assert parts == [
+        "load",
+        "untrained",
+        "first batch",
+        "forward and backward",
+        "step",
+        "held-out forward",
+        "save",
+        "sample",
+    ]
     assert not checkpoints(settings["out"]) and not (settings["out"] / "epochs").exists()
     train(config(settings), ALONE)
 

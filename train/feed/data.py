@@ -218,6 +218,7 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
         raise BadUsage(
             wrong=f"global_batch {global_batch} does not divide by batch_size {micro_batch} x {world} processes",
             found=f"{global_batch / unit:.2f} forwards",
-            mend=f"set global_batch to {below} or {below + unit}, or another batch_size",
+            mend=f"set global_batch to {below} or {below + unit} (a run that has begun keeps its own: take another "
+            "batch_size or number of processes)",
         )
     return global_batch // unit

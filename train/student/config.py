@@ -2,7 +2,7 @@
 
     config = read_student_json(Path("configs/students/small.json"))   # what users write; `//` comments welcome
     config = StudentConfig.from_wan_config(json.loads(...))           # a diffusers transformer's config.json
-    config = StudentConfig.from_dict(json.loads(...))                 # our own config.json beside model.safetensors
+    config = read_config(folder)                                      # our own config.json beside model.safetensors
 
 An unknown key, a wrong type or sizes that do not divide are refused here, before a tensor is made.
 """
@@ -18,8 +18,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from common.config import Section, check
-from common.errors import BadUsage
+from common.errors import BadUsage, Corrupt
 
+CONFIG_NAME = "config.json"
+MAKE_AGAIN = "make the student again: train init, or train export --format wanlite"
 CLASS_NAME = "WanLite"
 WAN_CLASS_NAME = "WanTransformer3DModel"
 QK_NORM = "rms_norm_across_heads"
@@ -137,6 +139,23 @@ def _refuse_foreign(wan: Mapping[str, Any]) -> None:
     if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2] or wan["qk_norm"] != QK_NORM:
         raise BadUsage(wrong="the teacher's layout is not Wan's", found=f"patch_size {patch}, qk_norm {wan['qk_norm']}",
                        mend=mend)  # fmt: skip
+
+
+def read_config(folder: Path) -> StudentConfig:
+    return StudentConfig.from_dict(read_values(folder / CONFIG_NAME, mend=MAKE_AGAIN))
+
+
+def read_values(path: Path, *, mend: str) -> dict[str, Any]:
+    """Of a JSON file that came with weights."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadUsage(wrong=f"there is no {path}", found=error.strerror or "unreadable", mend=mend) from None
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(wrong=f"{path} cannot be read", found=str(error), mend=mend) from None
+    if not isinstance(values, dict):
+        raise Corrupt(wrong=f"{path} cannot be read", found=f"a {type(values).__name__}", mend=mend)
+    return values
 
 
 class StudentJson(Section):

@@ -9,8 +9,8 @@ from typing import cast
 
 import torch
 
-from common.files import write_atomic
-from train.student.network import Block, StudentConfig, WanLite, save_student
+from common.seals import replace
+from train.student.network import Block, StudentConfig, WanLite, remove_weights, save_student
 from train.student.projection import REPORT_NAME, Report, TensorReport
 
 SEED = 0
@@ -29,7 +29,8 @@ def start_fresh(student: StudentConfig, out_dir: Path) -> Report:
     report = Report(
         teacher={}, student=student.to_dict(), experts="none", chosen_by="nothing", blocks=[], tensors=tensors
     )
-    write_atomic(out_dir / REPORT_NAME, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    remove_weights(out_dir)
+    replace(out_dir, REPORT_NAME, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
     save_student(out_dir, student, weights, made_by="train init --fresh")
     return report
 

@@ -14,17 +14,20 @@ S modulation slots (shift, scale, gate), A attention heads, K channels of a head
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.seals import replace, sound
-from train.student.config import StudentConfig, read_student_json
+from common.errors import Corrupt
+from common.seals import remove, replace, sound
+from common.tensor_file import read_header
+from train.student.config import CONFIG_NAME, MAKE_AGAIN, StudentConfig, read_config, read_student_json
 from train.student.layers import (
     FeedForward,
     Float32LayerNorm,
@@ -35,10 +38,11 @@ from train.student.layers import (
     sinusoids,
 )
 from train.student.rotary import Rotary, turned
+from train.student.weights import tensors_of
 
-__all__ = ["StudentConfig", "WanLite", "load_student", "read_student_json", "save_student", "student_files"]
+__all__ = ["CONFIG_NAME", "StudentConfig", "WanLite", "load_student", "read_student_json", "save_student",
+           "student_files"]  # fmt: skip
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -207,13 +211,34 @@ def student_files(config: StudentConfig, weights: dict[str, Tensor], **metadata:
 
 
 def save_student(folder: Path, config: StudentConfig, weights: dict[str, Tensor], **metadata: str) -> None:
-    """The weights last: a folder with weights is whole."""
+    remove_weights(folder)
     for name, data in student_files(config, weights, **metadata).items():
         replace(folder, name, data)
 
 
+def remove_weights(folder: Path) -> None:
+    """Of a student that is to be replaced: they go first and come last, so that a folder with weights is whole."""
+    remove(folder, WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # of an older release: without a seal
+
+
 def load_student(folder: Path, **switches: Any) -> WanLite:
     """Open what `train init` or `save_student` wrote; every tensor must fit."""
-    student = WanLite(StudentConfig.from_dict(json.loads(sound(folder, CONFIG_NAME).read_text())), **switches)
-    student.load_state_dict(load_file(sound(folder, WEIGHTS_NAME)), strict=True)
+    sound(folder, CONFIG_NAME)
+    student = WanLite(read_config(folder), **switches)
+    path, mine = sound(folder, WEIGHTS_NAME), student.state_dict()
+    _require_fit(path, mine)
+    for name, tensor in tensors_of(path):
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise Corrupt(wrong=f"{path} holds weights that are not finite", found=name, mend=MAKE_AGAIN)
+        mine[name].copy_(tensor)
     return student
+
+
+def _require_fit(path: Path, mine: Mapping[str, Tensor]) -> None:
+    theirs = {name: stored.shape for name, stored in read_header(path).items()}
+    here = {name: tuple(tensor.shape) for name, tensor in mine.items()}
+    odd = next((name for name in sorted(theirs.keys() | here.keys()) if theirs.get(name) != here.get(name)), None)
+    if odd:
+        raise Corrupt(wrong=f"{path} does not fit the {CONFIG_NAME} beside it",
+                      found=f"{odd} {theirs.get(odd)} for {here.get(odd)}", mend=MAKE_AGAIN)  # fmt: skip

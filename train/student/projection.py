@@ -27,7 +27,7 @@ from common.seals import replace, sound
 from common.shards import ASSETS, ShardSet
 from train.student.cuts import Cut, make_cuts
 from train.student.importance import STATISTICS_NAME, ByActivations, ByNorms, Importance, read_statistics
-from train.student.network import CONFIG_NAME, WEIGHTS_NAME, StudentConfig, WanLite
+from train.student.network import CONFIG_NAME, WEIGHTS_NAME, StudentConfig, WanLite, remove_weights
 from train.student.weights import FolderWeights, safetensors_stream
 
 REPORT_NAME = "report.json"
@@ -117,14 +117,8 @@ def strip(name: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(2) if name == "patch_embedding.weight" else tensor
 
 
-def project(
-    teacher_dir: Path,
-    student: StudentConfig,
-    out_dir: Path,
-    *,
-    experts: str = "low",
-    statistics_path: Path | None = None,
-) -> Report:
+def project(teacher_dir: Path, student: StudentConfig, out_dir: Path, *, experts: str = "low",
+            statistics_path: Path | None = None) -> Report:  # fmt: skip
     """Write a student cut from the teacher in `teacher_dir` (a diffusers pipeline folder) to `out_dir`."""
     teacher = Stripped(teacher_dir, experts)
     _refuse_misfit(teacher.config, student)
@@ -152,6 +146,7 @@ def cut_out(teacher: Stripped, student: StudentConfig, out_dir: Path, importance
     blocks = importance.blocks(student.num_layers)
     cuts = make_cuts(importance, teacher.tensor, teacher.config, student, blocks)
     report = make_report(teacher, student, blocks, cuts, importance.name)
+    remove_weights(out_dir)
     replace(out_dir, CONFIG_NAME, _json_bytes(student.to_dict()))
     replace(out_dir, REPORT_NAME, _json_bytes(report.to_dict()))
     shapes = {tensor.name: tensor.shape for tensor in report.tensors}

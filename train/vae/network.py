@@ -12,7 +12,6 @@ the convolutions that halve or double time are never run on it. Both forms of Au
 (Wan 2.1 and A14B, stride 8) and the residual one (TI2V 5B, patches of 2, stride 16). Parameter names are diffusers'.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import BadUsage
+from train.student.config import read_values
 from train.student.weights import FolderWeights
 from train.vae.blocks import ChannelNorm, Down, Middle, ResidualDown, ResidualUp, Up, conv3x3, resnet_row
 from train.vae.tiles import in_tiles
@@ -80,11 +80,16 @@ class VaeConfig:
 
 def load_vae(folder: Path) -> "Vae2d":
     """Opens a vae folder and strips time from its weights; every tensor that acts on one frame must be there."""
-    vae = Vae2d(VaeConfig.from_dict(_with_defaults(json.loads((folder / "config.json").read_text(encoding="utf-8")))))
+    vae = Vae2d(VaeConfig.from_dict(_with_defaults(read_vae_values(folder))))
     weights = FolderWeights(folder)
     flat = {name: _flat(weights.tensor(name)) for name in weights.shapes if ".time_conv." not in name}
     vae.load_state_dict(flat, strict=True)
     return vae.eval().requires_grad_(False)
+
+
+def read_vae_values(folder: Path) -> dict[str, Any]:
+    """config.json of an autoencoder of any class."""
+    return read_values(folder / "config.json", mend="copy the whole vae folder of the teacher there")
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
