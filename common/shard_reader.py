@@ -6,20 +6,22 @@ reader = open_shard(shards_dir, receipt, contract, library=True)  through zarr-p
 reader.read_point(record, point, out)      the stored bytes of one point into your buffer
 reader.read_text(prompt)                   [L, D]
 reader.record(i)                           a whole Record
+read_keys(shards_dir, receipt)             of its records, from one small file: where nothing else is wanted
 """
 
+import json
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from common.errors import Corrupt
-from common.extents import measured
+from common.extents import crc32c, measured
 from common.manifest import Receipt
-from common.record import Array, Contract, Record
+from common.record import Array, Contract, Record, item_id
 from common.shard_header import PackedShard, ShardHeader, make_record, record_of
-from common.shards_tar import TarContainer
-from common.shards_zarr import ZarrContainer
+from common.shards_tar import INDEX_SUFFIX, TarContainer
+from common.shards_zarr import HEADER_FILE, MAX_JSON_BYTES, SUFFIX, ZarrContainer
 from common.tables import Container, Layout, Tables
 
 CONTAINERS: dict[str, Container] = {
@@ -28,6 +30,7 @@ CONTAINERS: dict[str, Container] = {
     "zarr+zstd": ZarrContainer("zstd"),
     "zarr+pcodec": ZarrContainer("pcodec"),
 }
+GROUP_FILE = f"{SUFFIX}/{HEADER_FILE}"
 ARCHIVES = ("zarr+zstd", "zarr+pcodec")
 
 
@@ -55,6 +58,24 @@ def open_shard(shards_dir: Path, receipt: Receipt, contract: Contract, *, librar
     if library or receipt.container in ARCHIVES:
         return LibraryReader(shards_dir, receipt, contract)
     return OffsetReader(shards_dir, receipt, contract)
+
+
+def read_keys(shards_dir: Path, receipt: Receipt) -> tuple[str, ...]:
+    """The file that holds the header is checked like any other; and an item's name is the hash of its keys."""
+    name = next(name for name in (GROUP_FILE, INDEX_SUFFIX) if name in receipt.files)
+    try:
+        if receipt.files[name][0] > MAX_JSON_BYTES:
+            raise ValueError(f"{receipt.files[name][0]} bytes of JSON")
+        data = (shards_dir / (receipt.stem + name)).read_bytes()
+        if [len(data), crc32c(data)] != receipt.files[name]:
+            raise ValueError(f"{name} is not what was written")
+        values = json.loads(data)
+        keys = tuple((values["attributes"]["shard"] if name == GROUP_FILE else values["header"])["keys"])
+        if item_id(list(keys)) != receipt.item:
+            raise ValueError("the keys in it are others than those of its item")
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise damaged(receipt, "its header or index", str(error)) from None
+    return keys
 
 
 def check_records(reader: ShardReader) -> None:

@@ -26,7 +26,7 @@ from common.log import Log
 from common.manifest import MAX_RECORDS, Manifest, Receipt, fold, whole_receipt
 from common.record import Contract, Numerics, Record
 from common.shard_header import PackedShard, pack_records, record_of, three_digits
-from common.shard_reader import CONTAINERS, ShardReader, open_shard
+from common.shard_reader import CONTAINERS, ShardReader, open_shard, read_keys
 
 CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE, MOVED = (
     "contract.json",
@@ -39,6 +39,7 @@ CONTRACT_NAME, RECEIPTS, SHARDS, ASSETS, RUNS, QUARANTINE, MOVED = (
 )
 LEFT_OVER_AFTER_S = 3600.0
 TRIES = 5
+_KEYS: dict[str, tuple[str, ...]] = {}
 
 
 def is_held_out(prompt: str) -> bool:
@@ -129,13 +130,24 @@ class ShardSet:
         return receipt
 
     def read(self, receipt: Receipt, *, library: bool = False) -> ShardReader:
+        self._require_ours(receipt)
+        return open_shard(self.shards_dir, receipt, self.contract, library=library or self.library)
+
+    def keys(self, receipt: Receipt) -> tuple[str, ...]:
+        """Of its records; read once by a process, as what bears a shard's name never changes."""
+        self._require_ours(receipt)
+        path = str(self.shards_dir / receipt.stem)
+        if path not in _KEYS:
+            _KEYS[path] = read_keys(self.shards_dir, receipt)
+        return _KEYS[path]
+
+    def _require_ours(self, receipt: Receipt) -> None:
         if receipt.contract != self._contract_digest:
             raise Refused(
                 wrong=f"item {receipt.item} was made under another contract",
                 found=f"{receipt.contract[:16]}, the set's is {self._contract_digest[:16]}",
                 mend="keep shards of different contracts in different sets",
             )
-        return open_shard(self.shards_dir, receipt, self.contract, library=library or self.library)
 
     @property
     def shards_dir(self) -> Path:

@@ -51,8 +51,9 @@ def run(config_path: Path, overrides: tuple[str, ...], strict: bool, share: str 
         check: bool, student_path: Path | None, child_of: int | None, planned: str | None,
         **old: Any) -> None:  # fmt: skip
     """Harvest what CONFIG asks for. The same command again goes on where it stopped."""
+    from harvest.running.crew import num_workers
     from harvest.running.slices import is_launched, see_own_gpu, slice_of
-    from harvest.running.workers import die_with, num_workers, supervise
+    from harvest.running.workers import die_with, supervise
 
     if child_of is not None:
         die_with(child_of)

@@ -39,7 +39,7 @@ def examine(config: HarvestConfig) -> Iterator[str]:
         wrong.append(f"{folder} is not writable: {error.strerror}")
         yield f"writing   FAILS: {error.strerror}"
     try:
-        from harvest.running.loop import read_task
+        from harvest.running.task import read_task
         from harvest.teacher import work_of
         from harvest.teachers import placement_of
 

@@ -10,7 +10,7 @@ missing: digests are all of one length, and the measured error has three digits.
 import dataclasses
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from common.encoding import encoding_of
 from common.extents import CRC_BYTES
+from common.log import human_bytes
 from common.record import Contract, Numerics
 from common.schedule import contract_grid, expert_of, kept_steps
 from common.shard_header import PackedShard, ShardHeader
@@ -27,7 +28,7 @@ from common.shards_tar import SUFFIX as TAR
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.meaning import make_contract
-from harvest.plan import Plan, WorkItem
+from harvest.plan import SHARD_BYTES, Plan, WorkItem, record_bytes
 from harvest.teacher import Fingerprints, TeacherFacts
 
 SAMPLED = 16
@@ -101,12 +102,42 @@ def shard_bytes(item: WorkItem, contract: Contract, container: str, count_tokens
     return Forecast(**sizes, rest=whole - sum(sizes.values()) + RECEIPT_BYTES)
 
 
-def _header(item: WorkItem, contract: Contract, count_tokens: CountTokens) -> ShardHeader:
-    prompts = tuple(dict.fromkeys(question.prompt for question in item.questions))
-    number = {prompt: index for index, prompt in enumerate(prompts)}
+def crowded(config: HarvestConfig, facts: TeacherFacts, items: Sequence[WorkItem], count_tokens: CountTokens
+            ) -> Iterator[str]:  # fmt: skip
+    """How many records a shard holds is decided by their arrays: where the texts are more than that, it is said. An
+    item is the hash of its keys, so a set that was begun must not be packed anew behind anybody's back."""
+    contract = make_contract(config, facts, NO_PRINTS, config.teacher.dtype)
+    row = contract.text_dim * contract.storage_dtype.itemsize
+
+    def at_most(item: WorkItem) -> int:
+        prompts = _prompts_of(item)
+        return row * sum(_text_lengths(prompts, contract, lambda asked: [len(prompt.encode()) + 2 for prompt in asked]))
+
+    item = max(items, key=at_most, default=None)
+    if item is None or at_most(item) <= SHARD_BYTES:
+        return
+    text, number = row * sum(_text_lengths(_prompts_of(item), contract, count_tokens)), len(item.questions)
+    if text > SHARD_BYTES:
+        arrays = number * record_bytes(config, facts, item.height, item.width)
+        fitting = max(1, SHARD_BYTES * number // (text + arrays))
+        yield (f"{human_bytes(text)} in a shard of {number} records, beside {human_bytes(arrays)} of arrays: "
+               f"records_per_shard: {fitting} would keep both within {human_bytes(SHARD_BYTES)}")  # fmt: skip
+
+
+def _prompts_of(item: WorkItem) -> list[str]:
+    return list(dict.fromkeys(question.prompt for question in item.questions))
+
+
+def _text_lengths(prompts: list[str], contract: Contract, count_tokens: CountTokens) -> list[int]:
     longest = contract.text_length
     padded = contract.text_padding != "zeros"
-    lengths = [longest if padded else min(count, longest) for count in count_tokens(list(prompts))]
+    return [longest if padded else min(count, longest) for count in count_tokens(prompts)]
+
+
+def _header(item: WorkItem, contract: Contract, count_tokens: CountTokens) -> ShardHeader:
+    prompts = _prompts_of(item)
+    number = {prompt: index for index, prompt in enumerate(prompts)}
+    lengths = _text_lengths(prompts, contract, count_tokens)
     levels = [_levels(question.key, contract) for question in item.questions]
     return ShardHeader(
         contract=contract.digest(),
@@ -117,7 +148,7 @@ def _header(item: WorkItem, contract: Contract, count_tokens: CountTokens) -> Sh
         seeds=tuple(question.seed for question in item.questions),
         height=item.height,
         width=item.width,
-        prompts=prompts,
+        prompts=tuple(prompts),
         prompt_of=tuple(number[question.prompt] for question in item.questions),
         text_lengths=tuple(lengths),
         timesteps=np.stack([timesteps for timesteps, _, _ in levels]),

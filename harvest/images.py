@@ -3,18 +3,20 @@
     wishes, summary = read_pictures(config.images)        a wish each: its caption, a seed out of its content, its name
     for name, found in pictures_of(config.images, seeds, height, width): ...      RGB of that size, or why there is none
 
-    images.path   a folder          a/b.jpg, its caption in a/b.txt or in a/b.json {"caption": ...}
+    images.path   a folder          a/b.jpg, its caption in a/b.txt or in a/b.json {"caption": ...}; no hidden folders
                   pictures.jsonl    {"file": "a/b.jpg", "caption": ...} a line; files as seen from the manifest
                   pictures*.tar     WebDataset shards, read with that library: the same pairs, by key
 
-A picture is resized until it covers the configured size, and cut at its centre; what is transparent lies on white.
+A picture is resized until it covers the configured size, and cut at its centre; what is transparent lies on white, and
+colours are what a viewer shows: in sRGB, by the picture's own colour profile where it has one.
 Equal captions do not collide: the seed is a digest of the picture's bytes, so another picture is another record.
 """
 
 import errno
 import glob
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,19 @@ MANIFEST, SHARD = ".jsonl", ".tar"
 GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
-def read_pictures(images: ImagesConfig) -> tuple[list[Wish], str]:
-    """Every byte is read, once: a seed is a digest of its picture."""
+def read_pictures(images: ImagesConfig, moved: Callable[[], object] = lambda: None) -> tuple[list[Wish], str]:
+    """Every byte is read, once: a seed is a digest of its picture. `moved` hears of each file."""
     seen = Seen("pictures", {"path": str(images.path.absolute()), "frame": images.frame})
-    wishes, bare = [], []
-    for name, caption, seed in _told_of(images, seen):
-        prompt = clean_prompt(caption)
-        wishes.append(Wish(prompt=prompt, seed=seed, picture=name))
-        bare += [] if prompt else [name]
+    wishes, bare, torn, links = [], list[str](), list[str](), list[str]()
+    try:
+        for name, caption, seed, *why in _told_of(images, seen, moved, links):
+            prompt = clean_prompt(caption)
+            wishes.append(Wish(prompt=prompt, seed=seed, picture=name))
+            bare += [] if prompt else [name]
+            torn += [name] if any(why) else []
+    except BaseException:
+        seen.keep_so_far()
+        raise
     seen.keep()
     if not wishes:
         raise BadUsage(wrong=f"{images.path} holds no picture", found=f"none of {', '.join(PICTURES)}",
@@ -46,7 +53,9 @@ def read_pictures(images: ImagesConfig) -> tuple[list[Wish], str]:
     if bare:
         raise BadUsage(wrong=f"{len(bare)} of {len(wishes)} pictures have no caption", found=bare[0],
                        mend="write it beside the picture: NAME.txt, or NAME.json with a \"caption\"")  # fmt: skip
-    return wishes, f"{len(wishes)} pictures from {images.path}, resized to cover the size and cut at the centre"
+    told = f"{len(wishes)} pictures from {images.path}, resized to cover the size and cut at the centre"
+    told += f"; {len(torn)} or more cannot be read: {torn[0]}" + " ..." * (len(torn) > 1) if torn else ""
+    return wishes, told + (f"; folders behind links are not entered: {', '.join(links)}" if links else "")
 
 
 def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, width: int) -> Iterator[tuple[str, Any]]:
@@ -61,21 +70,25 @@ def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, wid
             yield name, still(data, images.frame, height, width)
 
 
-def _told_of(images: ImagesConfig, seen: Seen) -> Iterator[tuple[str, str, int]]:
-    """Name, caption and seed of each; what looks as it did is not read again."""
+def _told_of(images: ImagesConfig, seen: Seen, moved: Callable[[], object], links: list[str]
+             ) -> Iterator[list[Any]]:  # fmt: skip
+    """Name, caption and seed of each, and why it cannot be read; what looks as it did is not read again."""
 
     def read(found: Iterable[Found]) -> list[list[Any]]:
         told: list[list[Any]] = []
         for each in found:
-            require_still(each, images.frame)
-            told.append([each.name, each.caption, seed_of_picture(each.data, images.frame)])
+            why = require_still(each, images.frame)
+            told.append([each.name, each.caption, seed_of_picture(each.data, images.frame), *filter(None, [why])])
+            moved()
         return told
 
-    for name, files, found in _found(images.path):
+    for name, files, found in _found(images.path, moved, links):
+        moved()
         yield from seen.of(name, files, partial(read, found))
 
 
-def _found(path: Path) -> Iterator[tuple[str, list[Path], Iterable[Found]]]:
+def _found(path: Path, moved: Callable[[], object], links: list[str]
+           ) -> Iterator[tuple[str, list[Path], Iterable[Found]]]:  # fmt: skip
     """In an order that depends on names alone: what holds pictures, its files, and they themselves when wanted."""
     if path.suffix == SHARD:
         yield from ((str(shard), [shard], _of_shard(shard)) for shard in _shards(path))
@@ -83,13 +96,28 @@ def _found(path: Path) -> Iterator[tuple[str, list[Path], Iterable[Found]]]:
         for name, caption in _manifest(path):
             yield f"{name}\n{caption}", [_there(path.parent / name)], _one(name, path.parent / name, caption)
     elif path.is_dir():
-        kinds = (*PICTURES, *VIDEOS)
-        for file in sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in kinds):
+        for file in sorted(_files_below(path, moved, links)):
             name, beside = file.relative_to(path).as_posix(), _beside(file)
             yield name, [file, *beside], _one(name, file, *beside)
     else:
         raise BadUsage(wrong="images.path is nothing that is known", found=str(path),
                        mend="give a folder, a .jsonl manifest, a .tar or a pattern of .tar files")  # fmt: skip
+
+
+def _files_below(path: Path, moved: Callable[[], object], links: list[str]) -> Iterator[Path]:
+    """Pictures and films; nothing hidden, neither files nor folders (.thumbs/). Folders behind `links` are told."""
+
+    def unlisted(error: OSError) -> None:
+        _require_lasting(error, Path(error.filename))
+        raise BadUsage(wrong="a folder of pictures cannot be listed", found=f"{error.filename}: {error.strerror}",
+                       mend="make it readable, or leave it out of images.path")  # fmt: skip
+
+    for folder, folders, files in os.walk(path, onerror=unlisted):
+        moved()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += [str(Path(folder, name).relative_to(path)) for name in folders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in files
+                    if not name.startswith(".") and Path(name).suffix.lower() in (*PICTURES, *VIDEOS))  # fmt: skip
 
 
 def _one(name: str, file: Path, caption: str | Path = "") -> Iterator[Found]:

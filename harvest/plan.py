@@ -8,7 +8,7 @@ appended, the item that grew is worked minus the keys that receipts of other ite
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from common.shards import MOVED, ShardSet
 from common.shards_zarr import ALIGNMENT
 from harvest.config import HarvestConfig
 from harvest.images import read_pictures
-from harvest.prompts import Wish, read_prompts, seed_of
+from harvest.prompts import MOVED_EVERY, Wish, read_prompts, seed_of
 from harvest.quarantine import notes_that_count
 from harvest.running.slices import WHOLE, Slice
 from harvest.teacher import TeacherFacts
@@ -71,36 +71,43 @@ class Plan:
     def num_records(self) -> int:
         return sum(len(item.questions) for item in self.items)
 
-    def remaining(self, shards: ShardSet, part: Slice = WHOLE) -> Iterator[WorkItem]:
+    def is_done(self, shards: ShardSet, moved: Callable[[], object] = lambda: None) -> bool:
+        return next(self.remaining(shards, moved=moved), None) is None
+
+    def remaining(self, shards: ShardSet, part: Slice = WHOLE, moved: Callable[[], object] = lambda: None
+                  ) -> Iterator[WorkItem]:  # fmt: skip
         """Items that still need work, shuffled, so that a set cut short is a fair sample of its prompts; of them the
         share of one worker."""
         manifest = shards.manifest()
         planned = {item.id for item in self.items}
-        held = {
-            key
-            for receipt in manifest.receipts
-            if receipt.item not in planned
-            for key in shards.read(receipt).header.keys
-        }
-        moved = moved_keys(shards)
-        held |= {key for keys in moved.values() for key in keys}
+        held = set[str]()
+        for receipt in manifest.receipts:
+            if receipt.item not in planned:
+                held.update(shards.keys(receipt))
+                moved()
+        elsewhere = moved_keys(shards)
+        held |= {key for keys in elsewhere.values() for key in keys}
         held |= {key for note in notes_that_count(shards.path, manifest) for key in note.bad_keys}
         for place, index in enumerate(np.random.default_rng(ORDER_SEED).permutation(len(self.items))):
             item = self.items[index]
-            if not part.holds(place) or item.id in manifest.by_item or item.id in moved:
+            if not part.holds(place) or item.id in manifest.by_item or item.id in elsewhere:
                 continue
             left = tuple(question for question in item.questions if question.key not in held)
             if left:
                 yield replace(item, questions=left)
 
 
-def make_plan(config: HarvestConfig, facts: TeacherFacts) -> Plan:
-    """Prompts and seeds in file order, packed into items of one size each."""
-    wishes, summary, num_seeds = _wishes(config)
+def make_plan(config: HarvestConfig, facts: TeacherFacts, moved: Callable[[], object] = lambda: None) -> Plan:
+    """Prompts and seeds in file order, packed into items of one size each. `moved` hears of each thousand prompts and
+    of each picture."""
+    wishes, summary, num_seeds = _wishes(config, moved)
     by_size: dict[tuple[int, int], dict[str, Question]] = {}
-    for wish in wishes:
+    for count, wish in enumerate(wishes):
+        if count % MOVED_EVERY == 0:
+            moved()
         height, width = wish.height or config.height, wish.width or config.width
-        check_size(height, width, facts)
+        if (height, width) not in by_size:
+            check_size(height, width, facts, of=f" of prompt {wish.prompt[:60]!r}" if wish.height or wish.width else "")
         numbers = range(num_seeds)
         for seed in [seed_of(wish.prompt, number) for number in numbers] if wish.seed is None else [wish.seed]:
             key = record_key(wish.prompt, seed, height, width)
@@ -115,12 +122,12 @@ def make_plan(config: HarvestConfig, facts: TeacherFacts) -> Plan:
     return Plan(items=items, summary=summary)
 
 
-def _wishes(config: HarvestConfig) -> tuple[list[Wish], str, int]:
+def _wishes(config: HarvestConfig, moved: Callable[[], object]) -> tuple[list[Wish], str, int]:
     """With one line about them, and how many seeds each of them has where it names none."""
     if config.images is not None:
-        return *read_pictures(config.images), 1
+        return *read_pictures(config.images, moved), 1
     assert config.prompts is not None, "the configuration has one of the two"
-    return *read_prompts(config.prompts.file, limit=config.prompts.limit), config.prompts.seeds_per_prompt
+    return *read_prompts(config.prompts.file, limit=config.prompts.limit, moved=moved), config.prompts.seeds_per_prompt
 
 
 def records_per_shard(config: HarvestConfig, facts: TeacherFacts, height: int, width: int) -> int:
@@ -140,13 +147,13 @@ def record_bytes(config: HarvestConfig, facts: TeacherFacts, height: int, width:
     return config.keep * point_bytes + state * (4 if config.encoding == "float32" else 2)
 
 
-def check_size(height: int, width: int, facts: TeacherFacts) -> None:
+def check_size(height: int, width: int, facts: TeacherFacts, of: str = "") -> None:
     unit = facts.latent_stride * facts.latent_patch
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % unit:
             below = max(unit, size // unit * unit)
             raise BadUsage(
-                wrong=f"{name} does not divide by {unit}",
+                wrong=f"{name}{of} does not divide by {unit}",
                 found=f"{size}, with stride {facts.latent_stride} and patch {facts.latent_patch}",
                 mend=f"take {below} or {below + unit}",
             )

@@ -21,8 +21,9 @@ from common.stop import StopRequest
 from harvest.config import HarvestConfig
 from harvest.meaning import make_contract
 from harvest.running.events import HarvestWatch
-from harvest.running.loop import Task, ready_teacher
+from harvest.running.loop import ready_teacher
 from harvest.running.shortage import memory_told
+from harvest.running.task import Task
 from harvest.teacher import Teacher
 
 ROUNDS, TIMED = 2, 3
@@ -38,10 +39,13 @@ class Pace:
     """Of experts."""
     encode: float = 0.0
     """A prompt."""
+    size: tuple[int, int]
+    """(height, width) at which it was measured."""
 
     def told(self) -> str:
         answers = ", ".join(f"{seconds:.3g} s" for seconds in self.answers)
-        return f"{answers} an answer by expert, {self.change:.2g} s a change, {self.encode:.2g} s a prompt"
+        size = "x".join(map(str, self.size))
+        return f"{answers} an answer by expert at {size}, {self.change:.2g} s a change, {self.encode:.2g} s a prompt"
 
 
 def probe(config: HarvestConfig, task: Task) -> Pace:
@@ -90,4 +94,4 @@ def _measured(config: HarvestConfig, task: Task, asked: Teacher, watch: HarvestW
                     firsts.append(spent)
     answers = tuple(statistics.median(times) for times in taken.values())
     change = statistics.mean(max(first - answer, 0.0) for first, answer in zip(firsts, answers, strict=True))
-    return Pace(answers=answers, change=change, encode=encode)
+    return Pace(answers=answers, change=change, encode=encode, size=(config.height, config.width))

@@ -46,7 +46,7 @@ def held_samples(set_dir: Path) -> set[str]:
     if not (set_dir / ASSETS / SAMPLES / CONTRACT_NAME).exists():
         return set()
     samples = ShardSet.open(set_dir / ASSETS / SAMPLES)
-    return {key for receipt in samples.manifest().receipts for key in samples.read(receipt).header.keys}
+    return {key for receipt in samples.manifest().receipts for key in samples.keys(receipt)}
 
 
 def draw_samples(teacher: Teacher, questions: Sequence[Question], config: HarvestConfig, shards: ShardSet,

@@ -3,19 +3,25 @@
     seen = Seen("pictures", {"path": ..., "frame": None})
     told = seen.of("a.jpg", [Path("a.jpg"), Path("a.txt")], lambda: [...])      JSON values
     seen.keep()                          only what was asked for this time
+    seen.keep_so_far()                   when the end was not reached: what was known before, too
 
-A cache in the user's own: a file counts as seen while size, time and inode are what they were. One that cannot be
-written, or was torn, costs only time.
+What is read is kept every minute: who is stopped while he reads a million pictures goes on from there. A cache in the
+user's own: a file counts as seen while size, time and inode are what they were. One that cannot be written, or was
+torn, costs only time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.files import write_atomic
+
+KEPT_EVERY_S = 60.0
 
 
 class Seen:
@@ -25,21 +31,29 @@ class Seen:
         self._path = home / "wan-lite" / kind / f"{name}.json"
         self._before: dict[str, Any] = self._read()
         self._now: dict[str, Any] = {}
+        self._kept_at = time.monotonic()
 
     def of(self, name: str, files: Sequence[Path], read: Callable[[], Any]) -> Any:
         look = [[stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in (file.stat() for file in files)]
         before = self._before.get(name)
         told = before["told"] if before is not None and before["look"] == look else read()
         self._now[name] = {"look": look, "told": told}
+        if time.monotonic() - self._kept_at > KEPT_EVERY_S:
+            self.keep_so_far()
+            self._kept_at = time.monotonic()
         return told
 
     def keep(self) -> None:
-        if self._now == self._before:
+        self._write(self._now)
+
+    def keep_so_far(self) -> None:
+        self._write(self._before | self._now)
+
+    def _write(self, told: dict[str, Any]) -> None:
+        if told == self._before:
             return
-        try:
-            write_atomic(self._path, json.dumps(self._now).encode())
-        except OSError:
-            return
+        with contextlib.suppress(OSError):
+            write_atomic(self._path, json.dumps(told).encode())
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -22,9 +22,10 @@ from harvest.meaning import make_contract, make_numerics
 from harvest.plan import Question, WorkItem
 from harvest.quarantine import notes_of
 from harvest.running.events import HarvestWatch
-from harvest.running.loop import Task, read_task, ready_teacher, watched
+from harvest.running.loop import ready_teacher, watched
 from harvest.running.shortage import memory_told
 from harvest.running.slices import WHOLE
+from harvest.running.task import Task, read_task
 from harvest.teacher import Teacher
 
 

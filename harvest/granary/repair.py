@@ -28,7 +28,7 @@ from harvest.granary.rebuild import rebuild
 from harvest.granary.verify import LOST_RECEIPT, verify, verify_assets
 from harvest.quarantine import Note, notes_that_count
 from harvest.running.health import Health
-from harvest.running.loop import Task
+from harvest.running.task import Task
 
 
 def repair(config: HarvestConfig, set_dir: Path) -> Iterator[str]:

@@ -25,8 +25,9 @@ from harvest.granary.verify import require_whole
 from harvest.meaning import make_contract, make_numerics
 from harvest.running.events import HarvestWatch
 from harvest.running.health import Health
-from harvest.running.loop import read_task, ready_teacher
+from harvest.running.loop import ready_teacher
 from harvest.running.shortage import memory_told
+from harvest.running.task import read_task
 
 STDERR = 2
 """The descriptor: sys.stderr may be something without one."""

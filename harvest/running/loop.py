@@ -3,111 +3,65 @@
     num_added = harvest(config)
     num_added = harvest(config, part=Slice(rank=0, size=4), limit_s=1800)
 
-settings, plan -> is anything left? -> claim, log, heartbeat -> teacher -> for each item: rollout | check, pack, write
-                                                                           (this thread)   (one beside it)
+heartbeat -> plan (running/task.py) -> is anything left? -> claim, log -> teacher -> for each item:
+                                                     rollout (this thread) | check, pack, write (one beside it)
 
 Killed at any moment, the same command goes on: an item is either committed or does not exist.
 """
 
 import contextlib
 import json
-import os
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from common.claim import claimed
 from common.config import save_config
-from common.errors import Refused
 from common.files import write_atomic
 from common.log import Log, human_seconds
-from common.record import Numerics, Record, item_id
-from common.shards import CONTRACT_NAME, RUNS, ShardSet
+from common.record import Numerics, Record
+from common.shards import RUNS, ShardSet
 from common.stop import StopRequest
 from harvest.assets import leave_assets
 from harvest.config import HarvestConfig
-from harvest.loading.folder import Resolved, resolve
-from harvest.meaning import is_finished, make_contract, make_numerics, say_numerics
-from harvest.plan import Plan, Question, WorkItem, check_size, make_plan, record_bytes
+from harvest.forecast import crowded
+from harvest.meaning import make_contract, make_numerics, say_numerics
+from harvest.plan import WorkItem, record_bytes
 from harvest.running.agenda import Leases, agenda
 from harvest.running.events import HarvestWatch, tell
 from harvest.running.health import Health
 from harvest.running.progress import Progress
 from harvest.running.shortage import disk_told, memory_told, with_room
 from harvest.running.slices import WHOLE, Slice
+from harvest.running.task import RUN_NAME, Task, named, run_dir, traceless_unless_begun, unfinished_task
 from harvest.running.writer import Writer
-from harvest.samples import draw_samples, missing_samples
-from harvest.teacher import Teacher, TeacherFacts, work_of
-from harvest.teachers import facts_of, load_teacher
+from harvest.samples import draw_samples
+from harvest.teacher import Teacher, work_of
+from harvest.teachers import load_teacher
 
-CONFIG_NAME, RUN_NAME = "config.yaml", "run.json"
+CONFIG_NAME = "config.yaml"
 TOKENIZED_TOGETHER = 1000
 RELEASES = ("torch", "diffusers", "transformers", "numpy", "zarr")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What was asked for, with everything that is known of it before a weight is read."""
-
-    config: HarvestConfig
-    resolved: Resolved
-    facts: TeacherFacts
-    plan: Plan
-
-    @property
-    def is_finished(self) -> bool:
-        """Nothing is left to ask, and every sample is drawn."""
-        return is_finished(self.config, self.facts, self.plan) and not self.missing_samples
-
-    @property
-    def digest(self) -> str:
-        """Of what is asked for: other prompts, another one."""
-        return item_id([item.id for item in self.plan.items])
-
-    @property
-    def missing_samples(self) -> list[Question]:
-        return missing_samples(self.config, self.config.out, self.config.samples)
-
-
-def read_task(config: HarvestConfig) -> Task:
-    """A mistake in the configuration, the prompts or the folder costs nothing yet."""
-    resolved = resolve(config.teacher.folder, config.teacher.variant, config.teacher.rest)
-    facts = facts_of(resolved)
-    if config.samples:
-        check_size(config.height, config.width, facts)
-    return Task(config=config, resolved=resolved, facts=facts, plan=make_plan(config, facts))
-
-
 def harvest(config: HarvestConfig, *, strict: bool = False, part: Slice = WHOLE, limit_s: float | None = None,
             planned: str | None = None) -> int:  # fmt: skip
-    """Work what remains of the plan, beginning with `part`; the number of records added. `planned`: the digest of the
-    task that others share with us: where items have other names, leases and receipts would tell nobody of anything."""
-    task = read_task(config)
-    if planned not in (None, task.digest):
-        raise Refused(wrong="the prompts (or pictures) changed while the run was on", found="another plan than the "
-                      "other workers have", mend="stop it and run the same command again")  # fmt: skip
-    if task.is_finished:
-        leave_finished(task)
-        return 0
+    """Work what remains of the plan, beginning with `part`; the number of records added."""
+    with StopRequest(limit_s) as stop, traceless_unless_begun(config):
+        task = unfinished_task(config, part, stop, planned)
+        return 0 if task is None else work(task, part, strict, stop)
+
+
+def work(task: Task, part: Slice, strict: bool, stop: StopRequest) -> int:
+    """In this process; the number of records added."""
+    config = task.config
     full = disk_told(config.out, lambda: _bytes_left(task))
-    with full, holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
+    with full, holding(config, part), watched(config, part, stop) as (watch, log):
         log.say(task.plan.summary)
         return _work(task, part, strict, stop, watch, log)
-
-
-def leave_finished(task: Task) -> None:
-    Leases(task.config.out).sweep(ShardSet.open(task.config.out))
-    Log("harvest").say(f"{task.plan.num_records} records asked for, none is missing in {task.config.out}")
-
-
-def run_dir(config: HarvestConfig, pid: int | None = None) -> Path:
-    """Of this process, or of another one of this host."""
-    return config.out / RUNS / f"{socket.gethostname()}-{pid or os.getpid()}"
 
 
 def holding(config: HarvestConfig, part: Slice) -> contextlib.AbstractContextManager[None]:
@@ -120,7 +74,7 @@ def holding(config: HarvestConfig, part: Slice) -> contextlib.AbstractContextMan
 def watched(config: HarvestConfig, part: Slice, stop: StopRequest) -> Iterator[tuple[HarvestWatch, Log]]:
     """A heartbeat, a log, what is run and with what, before the first model byte."""
     folder = run_dir(config)
-    log = Log("harvest" if part == WHOLE else f"harvest {part}", folder)
+    log = Log(named(part), folder)
     save_config(config, folder / CONFIG_NAME)
     manifest = {
         "command": sys.argv,
@@ -171,6 +125,8 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
     num_records, leases = sum(len(item.questions) for item in mine), Leases(config.out)
     log.say(f"{len(mine)} of {len(task.plan.items)} items to do, {num_records} records")
     say_cut(mine, teacher, watch, log)
+    for line in crowded(config, teacher.facts, mine, teacher.count_tokens):
+        log.say(f"texts: {line}")
 
     def finish(item: WorkItem, records: list[Record]) -> None:
         good, faults = health.sift(records, [] if pictures is None else pictures.faults(item))
@@ -228,9 +184,9 @@ def say_cut(items: Sequence[WorkItem], teacher: Teacher, watch: HarvestWatch, lo
     """Once a run: prompts whose end the teacher will not see."""
     limit, cut, num_tokens = teacher.facts.text_length, "", 0
     prompts = list(dict.fromkeys(question.prompt for item in items for question in item.questions))
-    num_cut = 0
-    for start in range(0, len(prompts), TOKENIZED_TOGETHER):
-        part = prompts[start : start + TOKENIZED_TOGETHER]
+    doubtful, num_cut = may_be_cut(prompts, teacher), 0
+    for start in range(0, len(doubtful), TOKENIZED_TOGETHER):
+        part = doubtful[start : start + TOKENIZED_TOGETHER]
         too_long = [(p, n - limit) for p, n in zip(part, teacher.count_tokens(part), strict=True) if n > limit]
         num_cut, num_tokens = num_cut + len(too_long), num_tokens + sum(beyond for _, beyond in too_long)
         cut = cut or (too_long[0][0] if too_long else "")
@@ -240,8 +196,15 @@ def say_cut(items: Sequence[WorkItem], teacher: Teacher, watch: HarvestWatch, lo
         log.say(f"{told}: their ends are cut", tokens=num_tokens, first=f"{cut[:60]}...")
 
 
+def may_be_cut(prompts: Sequence[str], teacher: Teacher) -> list[str]:
+    """The others need not be tokenized, which takes half a minute per million: in plain ASCII a token stands for one
+    letter at least (no normal form makes more of it), but for the marks and one for the beginning of a word."""
+    (marks,) = teacher.count_tokens([""])
+    longest = teacher.facts.text_length - marks - 1
+    return [prompt for prompt in prompts if len(prompt) > longest or not prompt.isascii()]
+
+
 def _bytes_left(task: Task) -> int:
     """Of what is still to be written, texts left out."""
-    has_begun = (task.config.out / CONTRACT_NAME).exists()
-    items = task.plan.remaining(ShardSet.open(task.config.out)) if has_begun else iter(task.plan.items)
+    items = iter(task.plan.items) if task.shards is None else task.plan.remaining(task.shards)
     return sum(len(item.questions) * record_bytes(task.config, task.facts, item.height, item.width) for item in items)

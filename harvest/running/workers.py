@@ -1,6 +1,6 @@
 """Several workers on one machine, watched over: one per GPU, or as configured.
 
-    supervise(config, part, num_workers(config), strict=False, limit_s=None)
+    supervise(config, part, num_workers(config), strict=False, limit_s=None)       one alone is this very process
 
 Each is a process of its own (`python -m harvest run` with its share of the plan); they need nothing of each other. One
 that dies is started again after a while; a place (a GPU) where MAX_FAULTS in a row died before they had added a record
@@ -17,9 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,11 @@ from common.stop import StopRequest
 from common.watch import read_heartbeat
 from harvest.config import HarvestConfig
 from harvest.placing.places import WORKERS_HERE
+from harvest.running.crew import gpus_of, placed_workers_asked_apart, share_out
 from harvest.running.events import HarvestWatch, tell
-from harvest.running.loop import CONFIG_NAME, Task, holding, leave_finished, read_task, run_dir, watched
+from harvest.running.loop import CONFIG_NAME, holding, watched, work
 from harvest.running.slices import Slice
-from harvest.teacher import work_of
+from harvest.running.task import Task, heard, run_dir, traceless_unless_begun, unfinished_task
 
 MAX_FAULTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -41,7 +40,6 @@ STOPPED_WITHIN_S, KILLED_WITHIN_S = 30.0, 10.0
 BEATS_WITHIN_S = 300.0
 """A new worker: it imports torch first, maybe from a network."""
 PR_SET_PDEATHSIG = 1
-ON_ONE_GPU = ("auto", "replicate", "swap", "stream", "gpu0", "cpu")
 MENDLESS = (BadUsage.exit_code, Refused.exit_code, Corrupt.exit_code)
 
 
@@ -76,58 +74,26 @@ class Place:
         return f"worker {self.part}" + (f" on GPU {self.gpu}" if self.gpu else "")
 
 
-def gpus_of(config: HarvestConfig) -> list[str]:
-    """Those that CUDA_VISIBLE_DEVICES leaves; none where the teacher is to run on the CPU."""
-    if config.teacher.device not in ("auto", "cuda"):
-        return []
-    import torch
-
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named or [str(index) for index in range(torch.cuda.device_count())]
-
-
-def num_workers(config: HarvestConfig) -> int:
-    """As configured; else one for all GPUs where the placement spreads one teacher over them, or one for each: what
-    `plan` says of this very machine."""
-    num_gpus = len(gpus_of(config)) if config.workers is None else 0
-    if config.workers is not None or num_gpus <= 1:
-        return config.workers or 1
-    if config.teacher.placement not in ON_ONE_GPU:
-        return 1
-    return placed_workers_asked_apart(config)
+def supervise(config: HarvestConfig, part: Slice, count: int | None, *, strict: bool, limit_s: float | None) -> None:
+    """Until everything is done, or nobody is left to do it. The prompts are read once, and by each worker again."""
+    with StopRequest(limit_s) as stop, traceless_unless_begun(config):
+        task = unfinished_task(config, part, stop)
+        if task is None:
+            return
+        if count is None:
+            with heard(config, part, stop, "placement"):
+                count = placed_workers_asked_apart(config, task.plan.sizes, stop.check)
+        if count == 1:
+            work(task, part, strict, stop)
+        else:
+            _supervise(task, part, count, strict, stop)
 
 
-def placed_workers_asked_apart(config: HarvestConfig) -> int:
-    """By a process that ends: who asks a GPU what is free holds some hundred megabytes of it from then on."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-        return apart.submit(_placed_workers, config).result()
-
-
-def _placed_workers(config: HarvestConfig) -> int:
-    from harvest.teachers import placement_of
-
-    task = read_task(config)
-    return placement_of(config.teacher, task.resolved, work_of(config, task.plan.sizes)).workers
-
-
-def share_out(gpus: Sequence[str], count: int) -> list[str | None]:
-    """What each of `count` workers sees: neighbours together, and two on one only where there are too few."""
-    each = max(1, len(gpus) // count)
-    return [
-        ",".join(gpus[number * each : (number + 1) * each] or [gpus[number % len(gpus)]]) if gpus else None
-        for number in range(count)
-    ]
-
-
-def supervise(config: HarvestConfig, part: Slice, count: int, *, strict: bool, limit_s: float | None) -> None:
-    """Until everything is done, or nobody is left to do it."""
-    task = read_task(config)
-    if task.is_finished:
-        leave_finished(task)
-        return
+def _supervise(task: Task, part: Slice, count: int, strict: bool, stop: StopRequest) -> None:
+    config = task.config
     gpus = share_out(gpus_of(config), count)
     places = [Place(part=share, gpu=gpu, sharers=count) for share, gpu in zip(part.split(count), gpus, strict=True)]
-    with holding(config, part), StopRequest(limit_s) as stop, watched(config, part, stop) as (watch, log):
+    with holding(config, part), watched(config, part, stop) as (watch, log):
         log.say(f"{len(places)} workers: {', '.join(map(str, places))}")
         watch.running()
         options = ["--planned", task.digest, *(["--strict"] if strict else [])]
@@ -209,7 +175,7 @@ def _ended(place: Place, places: Sequence[Place], config: HarvestConfig, log: Lo
 def _judge(places: Sequence[Place], task: Task, log: Log) -> None:
     if any(place.code == Partial.exit_code for place in places):
         raise Partial(wrong="records are missing", found="a worker said so above", mend="see there, then run again")
-    if task.is_finished:
+    if task.is_finished():
         log.say("done")
         tell(task.config.on_event, "done", {"set": str(task.config.out), "records": task.plan.num_records}, log)
         return

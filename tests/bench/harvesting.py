@@ -28,7 +28,8 @@ from harvest.config import HarvestConfig
 from harvest.meaning import make_contract
 from harvest.running import loop
 from harvest.running.events import HarvestWatch
-from harvest.running.loop import Task, read_task, ready_teacher
+from harvest.running.loop import ready_teacher
+from harvest.running.task import Task, read_task
 from harvest.teacher import Teacher
 
 PRESET = Path("configs/harvest/demo.yaml")

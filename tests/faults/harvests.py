@@ -21,8 +21,9 @@ from common.config import load_config
 from common.files import TEMPORARY_PREFIX
 from common.shards import RUNS
 from harvest.config import HarvestConfig
-from harvest.running.loop import harvest, read_task
+from harvest.running.loop import harvest
 from harvest.running.slices import WHOLE, Slice
+from harvest.running.task import read_task
 from tests.made import tree
 
 

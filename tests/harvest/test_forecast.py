@@ -11,11 +11,11 @@ from common.errors import BadUsage, Refused
 from common.shards import RUNS, ShardSet
 from harvest.config import HarvestConfig
 from harvest.doctor import examine
-from harvest.forecast import forecast
+from harvest.forecast import crowded, forecast
 from harvest.loading.folder import resolve
 from harvest.plan_report import Means, answers_of, report, tokens_of
-from harvest.running.loop import read_task
-from harvest.teachers import facts_of
+from harvest.running.task import read_task
+from harvest.teachers import facts_of, placement_of
 from tests.harvest.test_resume import as_file
 from tests.made import PROMPTS, command, harvest_config, harvest_here, planned
 
@@ -139,3 +139,74 @@ def test_the_doctor_says_what_is_fit_and_what_is_not(tmp_path: Path, micro_wan: 
     nowhere = config.model_copy(update={"teacher": config.teacher.model_copy(update={"folder": tmp_path / "none"})})
     with pytest.raises(Refused, match="1 things stand in the way; found: there is no teacher"):
         list(examine(nowhere))
+
+
+def told(config: HarvestConfig, means: Means, start: str) -> list[str]:
+    return [line for line in report(config, means) if line.startswith(start)]
+
+
+def test_what_the_set_holds_is_not_planned_again(tmp_path: Path, micro_wan: Path) -> None:
+    """Neither its hours nor its bytes; and the bytes of other prompts are nobody's progress."""
+    config, means = harvest_config(tmp_path / "set", micro_wan), Means(seconds_per_forward=2.0, hours=0.02)
+    harvest_here(config)
+    assert config.prompts is not None
+    held = ShardSet.open(config.out).manifest().num_bytes
+    assert told(config, means, "time ") == ["time      0 h on 1 GPUs, 0 GPU-hours"]
+    assert told(config, Means(disk=1), "to do ")[0].startswith("to do     0 of them")
+    config.prompts.file.write_text("\n".join([*PROMPTS, "a tree", "a star"]), encoding="utf-8")
+    assert told(config, means, "to do ")[0].startswith("to do     4 of them, in 1 shards")
+    assert told(config, means, "time ") == ["time      0.00667 h on 1 GPUs, 0.00667 GPU-hours"]  # 2 x 6 answers
+    config.prompts.file.write_text("\n".join(f"{prompt} at night" for prompt in PROMPTS), encoding="utf-8")
+    with pytest.raises(Refused, match=r"\d+\.\d kB of "):
+        list(report(config, Means(disk=held // 2)))
+
+
+def test_sizes_that_prompts_bring_count_for_hours_and_placement(
+    tmp_path: Path, micro_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of four times the pixels takes four times as long; the largest one must fit."""
+    asked, real = [], placement_of
+
+    def counted(config: Any, resolved: Any, work: Any) -> Any:
+        asked.append((work.height, work.width))
+        return real(config, resolved, work)
+
+    monkeypatch.setattr("harvest.plan_report.placement_of", counted)
+    rows = tmp_path / "rows.jsonl"
+    hours = []
+    for size, said in ((64, False), (128, True)):
+        rows.write_text("\n".join(json.dumps({"prompt": p, "width": size, "height": size}) for p in PROMPTS))
+        config = harvest_config(tmp_path / "set", micro_wan, prompts={"file": rows})
+        lines = list(report(config, Means(seconds_per_forward=2.0, hours=100)))
+        hours.append(float(next(line for line in lines if line.startswith("time")).split()[1]))
+        assert any("at 64x64" in line and line.endswith("; other sizes by their area") == said for line in lines)
+        assert any("their own sizes" in line for line in lines if line.startswith("fits")) == said
+    assert hours[1] == pytest.approx(4 * hours[0], rel=0.01) and asked == [(64, 64), (128, 128)]
+
+
+def test_texts_that_outweigh_their_shard_are_told_with_what_would_help(
+    tmp_path: Path, micro_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `plan` and by the run; short ones are not worth a word. Packed as it was, a set goes on as it began."""
+    config = harvest_config(tmp_path / "set", micro_wan, records_per_shard=24)
+    facts, plan, count_tokens = _facts_and_plan(config)
+    assert list(crowded(config, facts, plan.items, count_tokens)) == []
+    (length,) = count_tokens(PROMPTS[:1])
+    assert told(config, Means(), "text ") == []
+    monkeypatch.setattr("harvest.forecast.SHARD_BYTES", 12 * length * facts.text_dim)
+    (line,) = told(config, Means(), "text ")
+    fewer = int(re.findall(r"records_per_shard: (\d+)", line)[0])
+    assert fewer < 24 and " in a shard of 24 records" in line
+    out = harvest_here(config)
+    (log,) = (out / RUNS).glob("*/log.txt")
+    assert "texts: " in log.read_text() and f"records_per_shard: {fewer} " in log.read_text()
+    assert [receipt.num_records for receipt in ShardSet.open(out).manifest().receipts] == [24]
+
+
+def test_plan_and_doctor_refuse_what_a_run_would_refuse(tmp_path: Path, micro_wan: Path) -> None:
+    config = harvest_config(tmp_path / "set", micro_wan, prompts={"limit": 1})
+    harvest_here(config)
+    other = config.model_copy(update={"guidance": (5.0, 5.0)})
+    for lines in (report(other, Means()), examine(other)):
+        with pytest.raises(Refused, match=r"guidance: \(4\.0, 3\.0\) \| \(5\.0, 5\.0\)"):
+            list(lines)

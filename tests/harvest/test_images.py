@@ -1,7 +1,9 @@
 """Pictures instead of walks: what is read, what becomes of it in the teacher's latent space, and what is refused."""
 
 import errno
+import io
 import json
+import struct
 import tarfile
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from common.errors import BadUsage, Fault, Partial
 from common.schedule import contract_grid, renoise_noise
@@ -21,8 +23,9 @@ from harvest.images import pictures_of, read_pictures
 from harvest.latents import OVERLAP, TILE, encode_in_tiles
 from harvest.plan_report import answers_of
 from harvest.quarantine import notes_of
-from harvest.running.loop import read_task, ready_teacher
-from harvest.stills import seed_of_picture
+from harvest.running.loop import ready_teacher
+from harvest.running.task import read_task
+from harvest.stills import seed_of_picture, still
 from tests.harvest.test_oracle import padded
 from tests.made import harvest_config, harvest_here, tree
 from tests.micro import write_micro_ti2v
@@ -148,6 +151,8 @@ def test_an_unreadable_picture_is_quarantined_by_name_and_its_neighbours_are_as_
     (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:200])
     (folder / "deep" / "d.png").write_bytes(b"no picture at all")
     config = config_of(folder, micro_wan, tmp_path / "set")
+    for _ in range(2):  # read, then remembered
+        assert read_task(config).plan.summary.endswith("; 2 or more cannot be read: b.jpg ...")
     with pytest.raises(Partial, match=r"2 records were set aside.*mend the pictures"):
         harvest_here(config)
     notes = [fault for note in notes_of(config.out) for fault in note.faults]
@@ -258,6 +263,79 @@ def test_transparent_turned_and_grey_pictures_are_seen_as_people_see_them(tmp_pa
     assert turned[:8].mean() < 20 and turned[-8:].mean() > 235  # upright: dark above light, where it was dark beside it
     assert np.array(found["glass.png"]).min() == 255
     assert "more than 8 bits" in found["deep.png"]
+
+
+Point = tuple[float, ...]
+
+
+def profile(red: Point, green: Point, blue: Point, gray: Point, name: str) -> bytes:
+    """An ICC profile (version 2, matrix and curves): primaries as XYZ under D50; one gamma, or the curve itself."""
+
+    def number(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    def xyz(values: tuple[float, ...]) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(map(number, values))
+
+    points = [round(gray[0] * 256)] if len(gray) == 1 else [round(65535 * value) for value in gray]
+    curve = b"curv\0\0\0\0" + struct.pack(f">I{len(points)}H", len(points), *points)
+    curve += b"\0" * (-len(curve) % 4)
+    said = name.encode() + b"\0"
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(said)) + said + b"\0" * 78, b"cprt": b"text\0\0\0\0x\0",
+            b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue),
+            b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}  # fmt: skip
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + b"\0" * (-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s12s4s4sI4sI8sI", 128 + len(table + data), b"none", 0x02100000, b"mntr", b"RGB ",
+                       b"XYZ ", b"", b"acsp", b"", 0, b"", 0, b"", 0)  # fmt: skip
+    return head + b"".join(map(number, (0.9642, 1.0, 0.8249))) + b"\0" * 48 + table + data
+
+
+P3 = profile((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407), (2.2,), "P3")
+SRGB = (0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)
+CURVE = tuple(np.where((x := np.linspace(0, 1, 40)) <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4))
+
+
+def taken(image: Image.Image, **how: Any) -> Any:
+    file = io.BytesIO()
+    image.save(file, **({"format": "PNG"} | how))
+    found = still(file.getvalue(), None, 16, 16)
+    assert not isinstance(found, str), found
+    return np.asarray(found).astype(int)
+
+
+def test_a_pictures_colours_are_those_that_a_viewer_shows() -> None:
+    """A phone's red is a stronger red than the same numbers mean to the VAE; what is transparent stays so."""
+    red = Image.new("RGB", (16, 16), (230, 60, 40))
+    shown = taken(red, icc_profile=P3)
+    assert shown[0, 0, 0] >= 249 and shown[0, 0, 1] < 45  # 230 60 40 of P3 is past what sRGB has of red
+    palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
+    for same in (red.convert("RGBA"), palette):
+        assert np.abs(taken(same, icc_profile=P3) - shown).max() <= 1
+    assert np.abs(taken(red, icc_profile=P3, format="JPEG", quality=100) - shown).max() <= 4
+    assert taken(Image.new("RGBA", (16, 16), (230, 60, 40, 0)), icc_profile=P3).min() == 255
+    half = taken(Image.new("RGBA", (16, 16), (230, 60, 40, 128)), icc_profile=P3)
+    assert np.abs(half - (255 + shown) / 2).max() <= 2
+
+
+def test_a_profile_that_says_srgb_or_nothing_leaves_every_byte_as_it_is() -> None:
+    """Most cameras write one: whether by name, or by numbers that come near it, or torn."""
+    everything = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    bare = taken(everything)
+    built_in = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    near, named = profile(*SRGB, CURVE, "a web site's"), profile(*SRGB, (1.8,), "sRGB of a camera")
+    for icc in (built_in, near, named, P3[:200], b"no profile"):
+        np.testing.assert_array_equal(taken(everything, icc_profile=icc), bare)
+    grey = everything.convert("L")
+    np.testing.assert_array_equal(taken(grey, icc_profile=P3), taken(grey))  # a profile of other channels
+    for other, least in (
+        (P3, 20),
+        (profile(*SRGB, (1.8,), "a screen's"), 10),
+        (profile(*SRGB, (2.2,), "another's"), 4),
+    ):
+        assert np.abs(taken(everything, icc_profile=other) - bare).max() > least
 
 
 @torch.inference_mode()

@@ -19,12 +19,13 @@ from common.manifest import Receipt
 from common.shards import RUNS, ShardSet
 from common.watch import HEARTBEAT_NAME, Watch
 from harvest.__main__ import main
-from harvest.granary.carry import LocalPlace, carry
+from harvest.granary.carry import carry
+from harvest.granary.place import LocalPlace
 from harvest.granary.repair import repair
 from harvest.running.agenda import Leases, agenda
 from harvest.running.events import tell
-from harvest.running.loop import read_task, run_dir
 from harvest.running.slices import WHOLE
+from harvest.running.task import read_task, run_dir
 from harvest.running.workers import MAX_FAULTS, Place, _ended, _judge, supervise
 from harvest.running.writer import Writer
 from harvest.teachers.wan import WanTeacher

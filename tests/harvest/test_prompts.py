@@ -1,6 +1,9 @@
 """Prompt files as people have them, and what is said of those that cannot be used."""
 
+import html
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,71 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert read_prompts(written(tmp_path / "p.csv", cell))[0] == [Wish(prompt="a cat sits", seed=3)]
     with pytest.raises(BadUsage, match="whole numbers"):
         read_prompts(written(tmp_path / "q.jsonl", json.dumps({"prompt": "a", "seed": 2**64})))
+
+
+REFUSED = [
+    ("p.json", '[\n {"prompt": "a cat"}\n]\n', r"suffix \.json; do: give one of \.txt, \.jsonl"),
+    ("p.tsv", "prompt\tseed\na cat\t1\n", r"suffix \.tsv"),
+    (
+        "p.csv",
+        "prompt\na dog\na red cat, sleeping on a sofa\n",
+        "line 3 has 2 cells for 1 columns.*put quotes round it",
+    ),
+    ("p.csv", 'prompt,seed\n"a bird,1\na fish,2\na "big" cat,4\n', "line 4 is not CSV"),
+    ("p.csv", 'prompt\n"a bird\na fish\na cow\n', "line 4 is not CSV; found: unexpected end of data"),
+    ("p.csv", 'prompt\n"' + "a " * 70_000 + '"\n', "line 2 is not CSV; found: field larger"),
+    ("p.csv", "prompt;seed\na cat;7\n", "line 2 has no prompt"),
+    ("p.jsonl", '{"prompt": "a", "seed": 1.9}', "whole numbers"),
+    ("p.jsonl", '{"prompt": "a", "seed": true}', "whole numbers"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "width": 512.7}', "line 2: .*whole numbers"),
+    ("p.jsonl", '{"prompt": "a", "width": 0}', "sizes from 1 on"),
+    ("p.csv", "prompt,height\na,-64\n", "line 2: .*sizes from 1 on"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "Seed": 5}', "line 2: unknown column 'Seed'.*call it seed"),
+    ("p.csv", "Prompt\na cat\n", "unknown column 'Prompt'.*call it prompt"),
+    ("p.jsonl", '{"prompt": "a", "negative_prompt": "b"}', "one for the whole set"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "what"), REFUSED)
+def test_nothing_is_guessed_of_a_row_that_is_not_understood(tmp_path: Path, name: str, text: str, what: str) -> None:
+    """Each of these once became prompts that nobody wrote, or lost seeds and sizes in silence."""
+    with pytest.raises(BadUsage, match=what):
+        read_prompts(written(tmp_path / name, text))
+
+
+def test_a_suffix_in_capitals_a_space_in_a_header_and_null_are_as_meant(tmp_path: Path) -> None:
+    lines = '{"prompt": "a cat", "seed": null, "width": 512.0}\n'
+    for name in ("p.JSONL", "p.ndjson"):
+        assert read_prompts(written(tmp_path / name, lines))[0] == [Wish(prompt="a cat", width=512)]
+    table = ',prompt, seed, width\n0,"a cat, asleep", 7, \n1,a "big" dog\n'
+    wishes = [Wish(prompt="a cat, asleep", seed=7), Wish(prompt='a "big" dog')]
+    assert read_prompts(written(tmp_path / "p.CSV", table)) == (wishes, f"2 prompts from {tmp_path / 'p.CSV'}")
+
+
+def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "theme": "x", "heigth": 64}, {"prompt": " "}, {"prompt": "", "theme": "y"}]
+    _, told = read_prompts(written(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
+    assert told.endswith(", 2 empty ones left out, not read: theme, heigth (did you mean height?)")
+    assert read_prompts(written(tmp_path / "p.txt", "a\n\n  \n"))[1].endswith(
+        "1 prompts from " + str(tmp_path / "p.txt")
+    )
+
+
+def test_a_size_that_does_not_divide_is_told_with_its_prompt(tmp_path: Path, micro_wan: Path) -> None:
+    prompts = written(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": "a red cat", "width": 72}')
+    with pytest.raises(BadUsage, match="width of prompt 'a red cat' does not divide by 16"):
+        planned(harvest_config(tmp_path / "set", micro_wan, prompts={"file": prompts}))
+
+
+def test_plain_ascii_is_cleaned_as_everything_else_is() -> None:
+    """The short way and the long way (ftfy, entities, white space) agree on whatever the short way takes."""
+    import ftfy
+
+    rng = random.Random(0)
+    letters = [chr(code) for code in range(128)]
+    pieces = [*letters, "&amp;", "&lt;", "lt;", "<b>", "\\u00e9", "``", "''", "--", "  ", "\x1b[31m", "=C3=A9"]
+    for alphabet, longest in ((letters[32:127], 40), (letters, 12), (pieces, 8)):
+        for _ in range(3000):
+            text = "".join(rng.choices(alphabet, k=rng.randrange(longest)))
+            long_way = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text))).strip()).strip()
+            assert clean_prompt(text) == long_way, repr(text)

@@ -81,7 +81,7 @@ def test_a_run_leaves_a_students_first_weights(tmp_path: Path, micro_wan: Path) 
     done = command("harvest", "run", as_file(config, tmp_path / "c.yaml"), "--student", student)
     assert done.returncode == 0, done.stderr
     init = tmp_path / "set" / ASSETS / "init" / "little"
-    assert {path.name for path in init.iterdir()} == {"config.json", "model.safetensors", "report.json"}
+    assert {path.name for path in init.iterdir()} == {"config.json", "model.safetensors", "report.json", "seals"}
     state = tree(init)
     assert leave_student(config, student) == init and tree(init) == state
     with pytest.raises(Refused, match="the records are whole"):

@@ -19,9 +19,10 @@ from common.shards import RUNS, ShardSet
 from harvest.granary.select import take
 from harvest.quarantine import Note
 from harvest.running.agenda import Leases, _free
+from harvest.running.crew import placed_workers_asked_apart, share_out
 from harvest.running.loop import harvest
 from harvest.running.slices import WHOLE, Slice, is_launched, parse_slice, see_own_gpu, slice_of
-from harvest.running.workers import Place, _ended, placed_workers_asked_apart, share_out
+from harvest.running.workers import Place, _ended
 from harvest.status import lines, survey
 from tests.harvest.test_resume import as_file
 from tests.made import ROOT, command, harvest_config, planned, started, tree
@@ -284,10 +285,10 @@ def test_a_launched_process_sees_its_own_gpu() -> None:
 
 def test_what_a_process_of_its_own_finds_arrives_faults_included(tmp_path: Path, micro_wan: Path) -> None:
     config = harvest_config(tmp_path / "set", micro_wan)
-    assert placed_workers_asked_apart(config) == 1
+    assert placed_workers_asked_apart(config, {(64, 64)}, lambda: None) == 1
     too_little = harvest_config(
         tmp_path / "set", micro_wan, teacher=config.teacher.model_dump() | {"placement": "gpu0"}
     )
     with pytest.raises(Refused, match="the teacher does not fit") as caught:
-        placed_workers_asked_apart(too_little)
+        placed_workers_asked_apart(too_little, {(64, 64)}, lambda: None)
     assert caught.value.mend and str(caught.value).count("found:") == 1
