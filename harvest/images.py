@@ -58,7 +58,8 @@ def read_pictures(images: ImagesConfig, moved: Callable[[], object] = lambda: No
     return wishes, told + (f"; folders behind links are not entered: {', '.join(links)}" if links else "")
 
 
-def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, width: int) -> Iterator[tuple[str, Any]]:
+def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, width: int, *,
+                by_profile: bool = True) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """(name, PIL image) of each that can be read, (name, str) that says why of each that cannot. `seeds`: by name, as
     they were planned; what is another picture by now is another record."""
     for name, data in _bytes_of(images.path, seeds):
@@ -67,7 +68,7 @@ def pictures_of(images: ImagesConfig, seeds: Mapping[str, int], height: int, wid
         elif seed_of_picture(data, images.frame) != seeds[name]:
             yield name, "it has changed since the plan"
         else:
-            yield name, still(data, images.frame, height, width)
+            yield name, still(data, images.frame, height, width, by_profile=by_profile)
 
 
 def _told_of(images: ImagesConfig, seen: Seen, moved: Callable[[], object], links: list[str]

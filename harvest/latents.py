@@ -1,6 +1,6 @@
 """Pictures into the space that the teacher works in, by the VAE of its folder.
 
-    pictures = open_pictures(config, resolved, teacher, moved, watch.heed)
+    pictures = open_pictures(config, contract, resolved, teacher, moved, watch.heed)
     states = pictures.latents(item)                 key -> [C, H, W], normalised by the folder's latent mean and std
     pictures.faults(item)                           of those that could not be read, by name
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.record import Contract
 from harvest.config import HarvestConfig, ImagesConfig
 from harvest.images import pictures_of
 from harvest.loading.folder import Resolved
@@ -26,28 +27,30 @@ from harvest.loading.weights import load_model
 from harvest.plan import WorkItem
 from harvest.quarantine import Fault
 from harvest.running.health import UNREADABLE
-from harvest.teacher import Teacher, TeacherFacts
+from harvest.teacher import Teacher
 
 Moved = Callable[[], None]
 TILE, OVERLAP = 512, 128
 """Pixels; multiples of every stride."""
 
 
-def open_pictures(config: HarvestConfig, resolved: Resolved, teacher: Teacher, moved: Moved,
+def open_pictures(config: HarvestConfig, contract: Contract, resolved: Resolved, teacher: Teacher, moved: Moved,
                   heed: Moved) -> "Pictures | None":  # fmt: skip
     """With source images alone."""
     if config.images is None:
         return None
-    return Pictures(config.images, resolved, teacher.facts, teacher.device, moved, heed)
+    return Pictures(config.images, contract, resolved, teacher, moved, heed)
 
 
 class Pictures:
     """Loaded once a worker; on the device only while an item is encoded, for the teacher's plan has no room for it."""
 
     def __init__(
-        self, images: ImagesConfig, resolved: Resolved, facts: TeacherFacts, device: str, moved: Moved, heed: Moved
+        self, images: ImagesConfig, contract: Contract, resolved: Resolved, teacher: Teacher, moved: Moved, heed: Moved
     ) -> None:
-        self._images, self._facts, self._device, self._moved, self._heed = images, facts, device, moved, heed
+        self._images, self._facts, self._device, self._moved, self._heed = (
+            images, teacher.facts, teacher.device, moved, heed)  # fmt: skip
+        self._by_profile = bool(contract.vae)  # sets from before either was minded go on as they began
         self._part = resolved.components["vae"]
         self._reasons: dict[str, str] = {}
 
@@ -64,7 +67,8 @@ class Pictures:
         states: dict[str, Tensor] = {}
         self._vae.to(self._device)
         try:
-            for name, found in pictures_of(self._images, seeds, item.height, item.width):
+            found_ones = pictures_of(self._images, seeds, item.height, item.width, by_profile=self._by_profile)
+            for name, found in found_ones:
                 if isinstance(found, str):
                     self._reasons |= dict.fromkeys(keys[name], f"picture {name}: {found}")
                     continue

@@ -40,7 +40,7 @@ def seed_of_picture(data: bytes, frame: int | None) -> int:
     return int.from_bytes(hashlib.sha256(data + f"\n{frame or 0}".encode()).digest()[:8], "little") >> 1
 
 
-def still(data: bytes, frame: int | None, height: int, width: int) -> Any:
+def still(data: bytes, frame: int | None, height: int, width: int, *, by_profile: bool = True) -> Any:
     from PIL import Image, ImageOps
 
     try:
@@ -48,7 +48,8 @@ def still(data: bytes, frame: int | None, height: int, width: int) -> Any:
         if frame is not None and _is_film(image):
             image.seek(frame)
         _require_shallow(image)
-        image = in_srgb(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+        image = in_srgb(image) if by_profile else image.convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return ImageOps.fit(flat, (width, height), method=Image.Resampling.LANCZOS)
     except _unreadable() as error:

@@ -67,7 +67,7 @@ def asked_again(task: Task) -> Iterator[Asked]:
         from harvest.latents import open_pictures
 
         watch.running()
-        pictures = open_pictures(config, task.resolved, teacher, watch.moved, watch.heed)
+        pictures = open_pictures(config, shards.contract, task.resolved, teacher, watch.moved, watch.heed)
         yield Asked(task=task, shards=shards, teacher=teacher, numerics=make_numerics(config, teacher), watch=watch,
                     log=log, pictures=pictures)  # fmt: skip
 

@@ -45,10 +45,9 @@ def check(config: HarvestConfig) -> None:
             from harvest.latents import open_pictures
             from harvest.rollout import rollout
 
-            pictures = open_pictures(config, task.resolved, teacher, watch.moved, watch.heed)
-
             contract = make_contract(config, teacher.facts, teacher.fingerprints, teacher.compute_dtype)
             shards = ShardSet.create(scratch, contract)
+            pictures = open_pictures(config, contract, task.resolved, teacher, watch.moved, watch.heed)
             with _timed("encode", config, log), memory_told(config, task.resolved):
                 teacher.encode([question.prompt for question in item.questions])
             with _timed("denoise", config, log), memory_told(config, task.resolved):

@@ -142,7 +142,7 @@ def _work_items(task: Task, part: Slice, teacher: Teacher, shards: ShardSet, num
         leases.touch()
         watch.moved(added=progress.num_added, of=num_records)
 
-    pictures = open_pictures(config, task.resolved, teacher, alive, watch.heed)
+    pictures = open_pictures(config, shards.contract, task.resolved, teacher, alive, watch.heed)
 
     def moved() -> None:
         progress.moved(item)

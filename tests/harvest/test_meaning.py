@@ -22,6 +22,7 @@ from harvest.granary.verify import verify
 from harvest.loading.folder import resolve
 from harvest.teachers import facts_of
 from tests.harvest.test_arrivals import prints
+from tests.harvest.test_images import P3
 from tests.made import harvest_config, harvest_here
 from tests.micro import write_micro_wan
 
@@ -140,6 +141,20 @@ class TestTheVaeOfPictures:
         ShardSet.create(config.out, older)
         assert ShardSet.open(harvest_here(config)).manifest().num_records == 2
         assert list(verify(ShardSet.open(config.out))) == []
+
+    @pytest.mark.parametrize("is_older", [False, True])
+    def test_a_set_that_was_begun_without_profiles_goes_on_without(self, config: HarvestConfig, is_older: bool) -> None:
+        assert config.images is not None
+        plain = ShardSet.open(harvest_here(config))
+        before = plain.read(plain.manifest().receipts[0]).record(0).final
+        shutil.rmtree(config.out)
+        if is_older:
+            ShardSet.create(config.out, dataclasses.replace(plain.contract, vae=""))
+        for path in config.images.path.glob("*.png"):
+            Image.open(path).save(path, icc_profile=P3)
+        shards = ShardSet.open(harvest_here(config))
+        after = shards.read(shards.manifest().receipts[0]).record(0).final
+        assert np.array_equal(before, after) == is_older
 
     def test_a_set_of_walks_says_none(self, tmp_path: Path, micro_set: Path) -> None:
         assert "vae" not in json.loads((micro_set / "contract.json").read_bytes())
