@@ -51,8 +51,10 @@ else:
     elif kind == "ours, unprepared":
         model = load_model(part, torch.bfloat16)
     else:
-        from dataclasses import replace
-        model = load_model(replace(part, files=(prepared / "model.safetensors",), prepared=True), torch.bfloat16)
+        from harvest.loading.folder import Resolved
+        from harvest.loading.prepare import from_prepared
+        whole = Resolved(folder=folder.parent, pipeline="", scalars={}, components={"transformer": part})
+        model = load_model(from_prepared(whole, prepared.parent).components["transformer"], torch.bfloat16)
     total = sum(float(tensor.view(-1)[::1024].float().sum()) for tensor in model.state_dict().values())
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
 spent = time.perf_counter() - began
