@@ -9,7 +9,7 @@ and the last one comes behind; else all of them are read and hashed first, for t
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ def load_parts(config: TeacherConfig, resolved: Resolved, names: Sequence[str], 
     _bound_allocator(placement)
     memory = Remembered(chosen, dtype, {part.name: kept_in_float32(part, class_of(part), dtype) for part in chosen})
     known = None if config.rehash else memory.recall()
+    if known:  # these very files were looked at before
+        chosen = [replace(part, crcs={}) for part in chosen]
     circle = _circle(config, chosen, placement, dtype, known, watch, arrivals, log)
     networks = Networks(chosen, placement, dtype, arrivals, circle)
     hashed: dict[str, Digests] = {}

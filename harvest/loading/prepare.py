@@ -7,7 +7,8 @@
     out_dir/prepared.json                     policy, source files, digest and crc32c of each tensor: written last
 
 Small staging buffers and several threads for bytes and casts; never a second copy of the weights in memory. A prepared
-component is then mapped and assigned, not read: several workers of a node share its pages.
+component is then mapped and assigned, not read: several workers of a node share its pages. Checksums are looked at when
+these very files are loaded for the first time on a machine, and with `teacher.rehash`.
 """
 
 import hashlib

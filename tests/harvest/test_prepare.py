@@ -139,6 +139,23 @@ def test_a_flipped_bit_in_what_was_prepared_is_named(
         pool.finish()
 
 
+def test_what_was_looked_at_once_is_looked_at_again_when_it_changes_or_on_request(
+    resolved: Resolved, tmp_path: Path
+) -> None:
+    out = quietly(resolved, tmp_path / "out")
+    how = {"dtype": "bfloat16", "prepared": out}
+    prints(resolved.folder, tmp_path, **how)
+    path = out / "transformer_2" / WEIGHTS_NAME
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Corrupt, match="is not what was prepared"):
+        prints(resolved.folder, tmp_path, **how)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(Corrupt, match="is not what was prepared"):
+        prints(resolved.folder, tmp_path, **how, rehash=True)
+
+
 def test_another_dtype_is_refused(resolved: Resolved, tmp_path: Path) -> None:
     ready = from_prepared(resolved, quietly(resolved, tmp_path / "out"))
     with pytest.raises(Refused, match="prepared for another dtype"):
