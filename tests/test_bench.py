@@ -44,7 +44,7 @@ def test_the_table_names_every_reader_and_the_goals_are_judged(tmp_path: Path, m
     readers, absent = make_readers(tmp_path / "store")
     for reader in readers:
         reader.write(points)
-    rounds = measure(readers, copy(readers[0]), NUM_POINTS, num_rounds=1)
+    rounds = measure(readers, copy(readers[0]), NUM_POINTS, num_rounds=1, dropped=tmp_path)
     text = "\n".join(table(rounds, points[0].nbytes))
     assert all(reader.name in text for reader in readers)
     assert not any(name in text for name in absent)

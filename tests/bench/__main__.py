@@ -8,6 +8,7 @@
     python -m tests.bench training                   a step's wait for data, a second process, memory, checkpointing
     python -m tests.bench students                   what students keep of the shapes teacher's score, by size
     python -m tests.bench store --points 256 --rounds 2 --receipts 500        a quick look, some seconds
+    python -m tests.bench store --pages read         as a training run finds a set that came from elsewhere
     python -m tests.bench store --json out/store.json --keep
 
 Peers are the extra `bench` of pyproject.toml, and two whose own requirements contradict ours (they ask for
@@ -38,17 +39,25 @@ def main(ctx: click.Context) -> None:
 @click.option("--rounds", "num_rounds", default=7, show_default=True)
 @click.option("--receipts", "num_receipts", default=20_000, show_default=True, help="of the set that is only opened")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True)
+@click.option(
+    "--pages",
+    type=click.Choice(["written", "read"]),
+    default="written",
+    show_default=True,
+    help="what lies in the page cache: files as they were just written, or dropped and read back by a shuffled "
+    "epoch, as by a training run whose set came from elsewhere",
+)
 @click.option("--keep", is_flag=True, help="leave the formats on disk")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="write every single figure there")
 def store(
-    num_points: int, num_rounds: int, num_receipts: int, out_dir: Path, keep: bool, json_path: Path | None
+    num_points: int, num_rounds: int, num_receipts: int, out_dir: Path, pages: str, keep: bool, json_path: Path | None
 ) -> None:
     from tests.bench.report import store_report
 
     folder = out_dir / "store"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        figures = store_report(folder, num_points, num_rounds, num_receipts)
+        figures = store_report(folder, num_points, num_rounds, num_receipts, pages)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ TIMES: dict[Any, float] = {Webdataset: 9, Mds: 7, Litdata: 3, LmdbAsTensors: 2, 
 OPEN_S, OPEN_MB, TRANSIENT_BYTES = 2.0, 300, 16_384
 
 
-def store_report(folder: Path, num_points: int, num_rounds: int, num_receipts: int) -> dict[str, Any]:
+def store_report(folder: Path, num_points: int, num_rounds: int, num_receipts: int, pages: str) -> dict[str, Any]:
     num_points = max(1, num_points // BATCH) * BATCH
     points = made_points(num_points)
     readers, absent = make_readers(folder)
@@ -33,9 +33,10 @@ def store_report(folder: Path, num_points: int, num_rounds: int, num_receipts: i
         reader.write(points)
     point_bytes = points[0].nbytes
     del points
-    print(f"{num_points} points of {point_bytes} bytes, batches of {BATCH}, shuffled, page cache warm, one thread; "
-          f"{num_rounds} rounds, medians")  # fmt: skip
-    rounds = measure(readers, copy(readers[0]), num_points, num_rounds=num_rounds)
+    print(f"{num_points} points of {point_bytes} bytes, batches of {BATCH}, shuffled, page cache warm ({pages}), one "
+          f"thread; {num_rounds} rounds, medians")  # fmt: skip
+    rounds = measure(readers, copy(readers[0]), num_points, num_rounds=num_rounds,
+                     dropped=folder if pages == "read" else None)  # fmt: skip
     print("\n".join(table(rounds, point_bytes)))
     for name in absent:
         print(f"{name}: not installed")

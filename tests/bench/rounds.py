@@ -8,6 +8,7 @@ after each
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -65,13 +66,19 @@ class Turn:
 Rounds = dict[str, list[Turn]]
 
 
-def measure(readers: Sequence[Reader], raw: Reader, num_points: int, *, num_rounds: int) -> Rounds:
+def measure(readers: Sequence[Reader], raw: Reader, num_points: int, *, num_rounds: int,
+            dropped: Path | None = None) -> Rounds:  # fmt: skip
+    """`dropped`: a folder whose files leave the page cache first, and come back as a shuffled epoch reads them: the pages
+    of a training run whose set came from elsewhere. None: those of whoever has just written them, which are larger."""
     # Stacking a batch over two threads on a machine whose cores are busy is a hundred times slower: they spin.
     torch.set_num_threads(1)
     rounds: Rounds = {reader.name: [] for reader in readers}
+    if dropped is not None:
+        drop(dropped)
+    warm = np.arange(num_points) if dropped is None else np.random.default_rng(0).permutation(num_points)
     for reader in readers:  # the page cache warm, also for whom was written first
         reader.open()
-        _rate(reader.epoch(np.arange(num_points)))
+        _rate(reader.epoch(warm))
         reader.close()
     raw.open()
     for number in range(num_rounds):
@@ -79,6 +86,16 @@ def measure(readers: Sequence[Reader], raw: Reader, num_points: int, *, num_roun
             rounds[reader.name].append(_turn(reader, raw, _orders(num_points, seed=number)))
     raw.close()
     return rounds
+
+
+def drop(folder: Path) -> None:
+    """From the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
 def _orders(num_points: int, seed: int) -> Iterator[Order]:

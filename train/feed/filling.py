@@ -156,17 +156,19 @@ class _Filling:
 
     def _look_up(self, rows: Iterable[int]) -> None:
         """Those that this one has not looked up yet. What others need to know of them goes into the slot."""
-        slot, found, new = self._slot, self._found, []
+        slot, found, bad, new = self._slot, self._found, self._bad, []
+        find, request, progress, told = self._filler.find, self._request, self._progress, slot.known
         for row in rows:
-            if row not in found and row not in self._bad:
-                self._progress[0] = row
+            if row not in found and row not in bad:
+                progress[0] = row
                 try:
-                    sample = found[row] = self._filler.find(*self._request[row])
-                    slot.known[row] = known(*sample.facts[3:])
+                    sample = found[row] = find(*request[row])
+                    *_, prompt, length = sample.facts
+                    told[row] = known(prompt, length)
                     new.append(row)
                 except (Corrupt, OSError) as error:
-                    self._bad[row] = self._filler.pardoned(error, self._request[row][0])
-                    slot.known[row] = UNFOUND
+                    bad[row] = self._filler.pardoned(error, request[row][0])
+                    told[row] = UNFOUND
         if new:
             facts = zip(*(found[row].facts for row in new), strict=True)
             slot.timesteps[new], slot.sigmas[new], slot.expert[new], *_ = facts

@@ -183,6 +183,8 @@ class Order:
         return sum(len(stream) for stream in self._streams(epoch).values())
 
     def _next_size(self) -> Size:
+        if len(self._places) == 1:  # as nearly always
+            return next(iter(self._places))
         return min(sorted(self._places), key=self._progress)
 
     def _turn_the_page(self, size: Size) -> None:

@@ -11,7 +11,6 @@ filled = reader.wait(part)                            the slot holds it; what we
 import mmap
 import queue
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,7 +37,7 @@ class Part:
     pieces: list[Piece] = field(default_factory=list)
     """Of those who fill it together, as they come."""
     outcome: Filled | Exception | None = None
-    deaths: Counter[int] = field(default_factory=Counter)
+    deaths: dict[int, int] = field(default_factory=dict)
     """Of processes that were reading it, by their number."""
 
     def result(self) -> Filled:

@@ -185,8 +185,8 @@ class Ring:
         part, code = dead.parts[0], dead.end()
         doing = part.at(int(dead.progress[0]))
         self._say(f"{dead} died and is replaced", exit=code, was=doing)
-        part.deaths[dead.number] += 1
-        if part.deaths[dead.number] == MAX_DEATHS:
+        deaths = part.deaths[dead.number] = part.deaths.get(dead.number, 0) + 1
+        if deaths == MAX_DEATHS:
             dead.parts.popleft().outcome = Partial(
                 wrong=f"{MAX_DEATHS} workers died one after the other while they read batch {part.batch}",
                 found=f"the last one was {doing}",
