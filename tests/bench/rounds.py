@@ -68,8 +68,8 @@ Rounds = dict[str, list[Turn]]
 
 def measure(readers: Sequence[Reader], raw: Reader, num_points: int, *, num_rounds: int,
             dropped: Path | None = None) -> Rounds:  # fmt: skip
-    """`dropped`: a folder whose files leave the page cache first, and come back as a shuffled epoch reads them: the pages
-    of a training run whose set came from elsewhere. None: those of whoever has just written them, which are larger."""
+    """`dropped`: a folder whose files leave the page cache first, and come back as a shuffled epoch reads them: the
+    pages of a training run whose set came from elsewhere. None: those of whoever has just written them, larger ones."""
     # Stacking a batch over two threads on a machine whose cores are busy is a hundred times slower: they spin.
     torch.set_num_threads(1)
     rounds: Rounds = {reader.name: [] for reader in readers}
