@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.made import ROOT, command
 
@@ -52,13 +53,19 @@ def test_no_import_circle() -> None:
 
 
 @pytest.mark.parametrize("words", [("harvest", "--help"), ("train", "--help"), ("harvest", "status", "{set}"),
-                                   ("harvest", "verify", "{set}")])  # fmt: skip
-def test_light_commands_do_without_torch(words: tuple[str, ...], micro_set: Path) -> None:
+                                   ("harvest", "verify", "{set}"), ("train", "plan", "{config}")])  # fmt: skip
+def test_light_commands_do_without_torch(
+    words: tuple[str, ...], micro_set: Path, micro_init: Path, tmp_path: Path
+) -> None:
+    config = {"set": str(micro_set), "init": str(micro_init), "out": str(tmp_path / "run")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_module(sys.argv[0], run_name='__main__')\n" \
            "except SystemExit: pass\nprint('torch' in sys.modules, 'zarr' in sys.modules)"  # fmt: skip
-    filled = [word.replace("{set}", str(micro_set)) for word in words]
+    places = {"set": micro_set, "config": tmp_path / "config.yaml"}
+    filled = [word.format(**places) for word in words]
     done = subprocess.run([sys.executable, "-c", code, *filled], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+    assert len(done.stdout.splitlines()) > 1, done.stderr
 
 
 @pytest.mark.parametrize("room", ["harvest", "train"])

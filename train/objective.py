@@ -28,8 +28,9 @@ from common.record import GUIDED, Contract
 from common.schedule import EULER, GRIDS, Grid, contract_grid, to_x0_noise, vp_levels
 from train.config import GuidanceRange, TrainConfig
 from train.feed.data import Micro
-from train.feed.slots import FINAL, Spans
+from train.feed.slots import Spans
 from train.guidance import Drawn
+from train.segments import kept_by_all, spans_of
 
 GRID = "flow_match"
 """What the export's scheduler walks, too."""
@@ -174,33 +175,17 @@ def _segment(config: TrainConfig, contract: Contract) -> Segment:
             found=f"a set of source {contract.source}: its points do not lie on one",
             mend="harvest with source: trajectory, or train with objective: output",
         )
-    kept = _kept_by_all(contract)
-    num_points, num = len(kept), config.segments or len(kept)
-    if num > num_points:
-        raise Refused(wrong=f"segments: {num}", found=f"{num_points} points a record", mend="ask for fewer")
-    begins = [number * num_points // num for number in range(num)]
-    even, steps = even_grid(contract), kept[begins]
+    spans = spans_of(config.segments, contract)
+    even, steps = even_grid(contract), kept_by_all(contract)[[begin for begin, _ in spans]]
     walk = Grid(sigmas=np.append(even.sigmas[steps], np.float32(0)), timesteps=even.timesteps[steps])
     walk = walk if says_sigma(contract) else told_by_sigma(walk)
-    return Segment(contract=contract, spans=tuple(zip(begins, [*begins[1:], FINAL], strict=True)), walk=walk)
+    return Segment(contract=contract, spans=spans, walk=walk)
 
 
 def _told(guidance: tuple[float, ...] | GuidanceRange | None) -> str:
     return (
         f"{guidance.low:g} to {guidance.high:g}" if isinstance(guidance, GuidanceRange) else str(list(guidance or ()))
     )
-
-
-def _kept_by_all(contract: Contract) -> np.ndarray:
-    """The steps that every record holds, from noise on."""
-    kept = np.arange(contract.steps) if contract.keep == contract.steps else np.unique(contract.keep_at)
-    if len(kept) < 2 or kept[0] != 0:
-        raise Refused(
-            wrong="objective: segment wants steps that every record keeps, noise first",
-            found=f"keep_at {list(contract.keep_at)}; the other points of a record are drawn",
-            mend=f"harvest with keep_at: {[number * contract.steps // 4 for number in range(4)]}",
-        )
-    return kept
 
 
 def guided(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from common.tensor_file import read_header
 from train.config import TrainConfig, lies_in
 from train.feed.slots import Spans
 from train.run_folder import read_metrics
+from train.segments import spans_of
 from train.student.config import StudentConfig, read_config
 
 SPARE = 0.92
@@ -46,15 +47,14 @@ class Need:
 
 
 def plan_lines(config: TrainConfig, *, num_gpus: int, gpu_bytes: float, samples_per_s: float | None) -> Iterator[str]:
-    from train.objective import objective_of
-
     student, shapes = _student(config.init)
     trains = trained(config, shapes)
     num_parameters, num_trained = (sum(map(math.prod, some.values())) for some in (shapes, trains))
     shards = ShardSet.open(config.set)
     receipts = shards.manifest().receipts
     side = max(((receipt.height, receipt.width) for receipt in receipts), default=(512, 512), key=math.prod)
-    points = _trained_points(receipts, objective_of(config, shards.contract).spans)
+    spans = spans_of(config.segments, shards.contract) if config.objective == "segment" else None
+    points = _trained_points(receipts, spans)
     millions = num_parameters / 1e6
     share = "" if num_trained == num_parameters else f", {num_trained / 1e6:.3g} M of them trained"
     yield f"student of {millions:.1f} M parameters{share}; {points} samples an epoch, the largest {side[0]}x{side[1]}"

@@ -51,7 +51,8 @@ def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: 
         raise BadUsage(wrong="--recompute", found="no --config", mend="say with which configuration it was harvested")
     shards = ShardSet.open(set_path)
     num_damages = 0
-    told = Told("verify", shards.manifest().receipts)
+    manifest = shards.manifest()
+    told = Told("verify", manifest.receipts)
     for damage in itertools.chain(damages_of(shards, told), verify_assets(shards), verify_notes(shards)):
         num_damages += 1
         click.echo(json.dumps(dataclasses.asdict(damage)) if as_json else str(damage))
@@ -61,7 +62,6 @@ def verify(set_path: Path, as_json: bool, recompute: float | None, config_path: 
             found="see above",
             mend="copy those again, or `python -m harvest repair SET CONFIG`",
         )
-    manifest = shards.manifest()
     whole = {"shards": len(manifest.receipts), "records": manifest.num_records, "bytes": manifest.num_bytes}
     words = f"{whole['shards']} shards, {whole['records']} records, {human_bytes(manifest.num_bytes)}: whole"
     click.echo(json.dumps(whole) if as_json else words)
@@ -177,13 +177,13 @@ def _carry(source: Path, target: Path, free: bool) -> None:
     from harvest.plan import moved_keys
 
     shards = ShardSet.open(source)
-    told, num_shards, num_bytes = Told("carry", shards.manifest().receipts), 0, 0
-    elsewhere = moved_keys(shards).keys() - shards.manifest().by_item.keys()
+    manifest, num_shards, num_bytes = shards.manifest(), 0, 0
+    told, elsewhere = Told("carry", manifest.receipts), moved_keys(shards).keys() - manifest.by_item.keys()
     for receipt in carry(LocalPlace(source), LocalPlace(target), free=free):
         num_shards, num_bytes = num_shards + 1, num_bytes + receipt.num_bytes
         told(receipt)
     click.echo(f"{num_shards} shards, {human_bytes(num_bytes)} stand whole in {target}")
-    if elsewhere := elsewhere - ShardSet.open(target).manifest().by_item.keys():
+    if elsewhere and (elsewhere := elsewhere - ShardSet.open(target).manifest().by_item.keys()):
         click.echo(f"{len(elsewhere)} items of {source} had been carried elsewhere before: they are not among them")
 
 
