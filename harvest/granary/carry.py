@@ -123,15 +123,20 @@ def carry_assets(source: Place, target: Place) -> None:
 
 
 def _carry_asset(source: Place, target: Place, name: str) -> None:
-    """What is whole at the target stays; so does what nobody can judge."""
+    """What is whole at the target stays; so does what has no seal there, unless it is the same."""
     seal, theirs = _seal_of(source, name), _seal_of(target, name)
-    if theirs is not None and _is_sound(target, name, read_seal(b"".join(target.read(theirs)), theirs)):
+    if theirs is not None and _is_sound(target, name, _told(target, theirs)):
         return
-    if seal is not None:
-        _carry_file(source, target, name, *read_seal(b"".join(source.read(seal)), seal))
-        target.write(seal, source.read(seal))
-    elif target.size(name) is None:
+    is_there = theirs is None and target.size(name) is not None
+    if seal is None and target.size(name) is None:
         target.write(name, source.read(name))
+    elif seal is not None and not (is_there and not _is_sound(target, name, _told(source, seal))):
+        _carry_file(source, target, name, *_told(source, seal))
+        target.write(seal, source.read(seal))
+
+
+def _told(place: Place, seal: str) -> tuple[int, int]:
+    return read_seal(b"".join(place.read(seal)), seal)
 
 
 def _seal_of(place: Place, name: str) -> str | None:

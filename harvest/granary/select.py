@@ -75,7 +75,7 @@ def merge(sources: Sequence[ShardSet], out_dir: Path, done: Done = lambda receip
     for source, manifest in zip(sources, manifests, strict=True):
         source.require(out.contract)
         for receipt in _missing(manifest, out):
-            keys = source.read(receipt).header.keys
+            keys = source.keys(receipt)
             new = np.array([key not in held for key in keys])
             if new.any():
                 out.commit_packed(take(_checked(source, receipt), np.flatnonzero(new), out.contract), receipt.container)
@@ -182,7 +182,7 @@ def _elsewhere(moved: Mapping[str, Sequence[str]], manifest: Manifest, out: Shar
 
 
 def _keys(shards: ShardSet) -> set[str]:
-    return {key for receipt in shards.manifest().receipts for key in shards.read(receipt).header.keys}
+    return {key for receipt in shards.manifest().receipts for key in shards.keys(receipt)}
 
 
 def _checked(source: ShardSet, receipt: Receipt) -> PackedShard:

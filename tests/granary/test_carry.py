@@ -13,7 +13,7 @@ import pytest
 import common.files
 from common.errors import Corrupt, Refused
 from common.record import item_id
-from common.seals import replace
+from common.seals import replace, sealed
 from common.shards import ASSETS, MOVED, QUARANTINE, ShardSet
 from harvest.__main__ import main
 from harvest.config import HarvestConfig
@@ -347,6 +347,16 @@ class TestAssets:
         assert (out / ASSETS / "negative.npy").read_bytes() == (micro_set / ASSETS / "negative.npy").read_bytes()
         assert (out / ASSETS / "scheduler.json").read_bytes() == b"{}"
         assert list(verify_assets(ShardSet.open(out))) == []
+
+    def test_what_stands_there_without_a_seal_is_not_replaced(self, tmp_path: Path, micro_set: Path) -> None:
+        """Nobody knows that it is damaged; what is the same gets its seal."""
+        out = carried(micro_set, tmp_path / "out")
+        shutil.rmtree(out / ASSETS / "seals")
+        (out / ASSETS / "scheduler.json").write_bytes(b"{}")
+        carried(micro_set, out)
+        assert (out / ASSETS / "scheduler.json").read_bytes() == b"{}"
+        assert "scheduler.json" not in sealed(out / ASSETS)
+        assert {*sealed(out / ASSETS), "scheduler.json"} == {*sealed(micro_set / ASSETS)}
 
     def test_a_vae_that_came_in_part_is_completed_by_a_run(
         self, tmp_path: Path, micro_set: Path, micro_wan: Path, micro_config: HarvestConfig
